@@ -1,0 +1,1 @@
+"""Weights in and out: the Hugging Face <-> Megatron table, readers, writers, conversion."""

@@ -1,0 +1,1 @@
+"""HDF5 sequences to batches: which row at which step, and how it is read."""

@@ -1,0 +1,1 @@
+"""CrystalCoder on megatron-core: configuration, layers, muP, initialisation."""

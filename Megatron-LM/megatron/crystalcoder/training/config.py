@@ -1,0 +1,122 @@
+"""The one configuration that both front doors (Megatron flags, params.yaml) fill and the loop reads. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from megatron.crystalcoder.model.config import ModelConfig, ParallelConfig
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW (decoupled decay) and gradient clipping.
+
+    hidden_lr_scale multiplies the lr (and min lr) of the hidden linear layers' weights; of their biases too when
+    scale_hidden_biases is set, as the instruction-tuning reference does (the pretraining reference scales weights only).
+    Weight decay applies to matrices only: never to biases or LayerNorm.
+    """
+
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+    hidden_lr_scale: float = 1.0
+    scale_hidden_biases: bool = True
+
+
+@dataclass(frozen=True)
+class WarmupDecay:
+    """Megatron's schedule, counted in samples: linear warm-up from 0 to lr, then decay to min_lr."""
+
+    lr: float
+    min_lr: float
+    warmup_samples: float
+    decay_samples: float
+    style: Literal["constant", "linear", "cosine"] = "cosine"
+
+
+@dataclass(frozen=True)
+class ScheduleSegment:
+    """One entry of a params.yaml `learning_rate` list; counts steps from its own start."""
+
+    scheduler: Literal["Linear", "CosineDecay", "Constant"]
+    initial: float
+    end: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class PiecewiseSchedule:
+    """Schedulers one after the other, counted in steps; the last one's end holds for ever."""
+
+    segments: tuple[ScheduleSegment, ...]
+
+
+Schedule = WarmupDecay | PiecewiseSchedule
+
+
+@dataclass(frozen=True)
+class MixtureEntry:
+    """One dataset of a mixture. subset: (start, end) fractions of its rows."""
+
+    data_dir: Path
+    weight: float
+    subset: tuple[tuple[float, float], ...] = ((0.0, 1.0),)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where the rows come from and in which order they are seen.
+
+    paths: HDF5 sequence files, directories of them, or processed JSONL files; or `mixture` instead.
+    order: cyclic (the reference's sampler, exactly), single (sequential), shuffled (fresh permutation per epoch from
+    the seed), mixture (see data/mixture.py; implied by `mixture`).
+    """
+
+    paths: tuple[Path, ...] = ()
+    mixture: tuple[MixtureEntry, ...] = ()
+    order: Literal["cyclic", "single", "shuffled", "mixture"] = "shuffled"
+    seed: int = 1
+    data_sharding: bool = True
+    num_workers: int = 0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything one run needs to know."""
+
+    model: ModelConfig
+    data: DataSettings
+    schedule: Schedule
+    train_iters: int
+    micro_batch_size: int
+    global_batch_size: int
+    seq_length: int
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    bf16: bool = False
+    # token: every unmasked token of the global batch weighs the same. micro_batch: mean over micro-batches of each one's
+    # token mean (the instruction-tuning reference). sequence: sum over tokens / sequences * loss_weight (pretraining).
+    loss_reduction: Literal["token", "micro_batch", "sequence"] = "token"
+    loss_weight: float = 1.0
+    skip_nonfinite: bool = False
+    seed: int = 1234
+
+    load: Path | None = None
+    save: Path | None = None
+    save_interval: int = 0  # 0: only at the end
+    save_format: Literal["torch_dist", "torch"] = "torch_dist"
+    load_optimizer: bool = True
+    load_rng: bool = True
+    finetune: bool = False  # weights only: iteration, schedule and data position start at 0
+    exit_on_missing_checkpoint: bool = False
+
+    eval_data: tuple[DataSettings, ...] = ()
+    eval_interval: int = 0
+    eval_iters: int = 0
+
+    log_interval: int = 1
+    tensorboard_dir: Path | None = None

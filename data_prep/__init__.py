@@ -1,0 +1,1 @@
+"""Raw corpora to shuffled HDF5 sequences. Knows text and files; never imports torch."""

@@ -1,0 +1,1 @@
+"""What a person looks through: the `crystalcoder` command and the tools behind it."""
