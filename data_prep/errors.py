@@ -1,6 +1,6 @@
 """Bad input, told in one line.
 
-`InputError` is raised wherever the user's input (a file, a row, a flag) is wrong; its message names the file, the place,
+`InputError` is raised wherever the input (a file, a row, a flag) is wrong; its message names the file, the place,
 what is wrong and what to do. Every command runs inside `exit_on_bad_input`, which prints that line and exits with 2.
 It lives in the lowest room because every room raises it.
 """

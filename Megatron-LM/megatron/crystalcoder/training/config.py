@@ -13,8 +13,8 @@ from megatron.crystalcoder.model.config import ModelConfig, ParallelConfig
 class OptimizerSettings:
     """AdamW (decoupled decay) and gradient clipping.
 
-    hidden_lr_scale multiplies the lr (and min lr) of the hidden linear layers' weights; of their biases too when
-    scale_hidden_biases is set, as the instruction-tuning reference does (the pretraining reference scales weights only).
+    hidden_lr_scale multiplies the lr (and min lr) of the hidden linear layers' weights; of their biases too if
+    scale_hidden_biases is set, as the instruction-tuning reference does (the pretraining one scales weights only).
     Weight decay applies to matrices only: never to biases or LayerNorm.
     """
 
@@ -98,7 +98,7 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     bf16: bool = False
-    # token: every unmasked token of the global batch weighs the same. micro_batch: mean over micro-batches of each one's
+    # token: every unmasked token of the global batch weighs the same. micro_batch: mean over micro-batches of their
     # token mean (the instruction-tuning reference). sequence: sum over tokens / sequences * loss_weight (pretraining).
     loss_reduction: Literal["token", "micro_batch", "sequence"] = "token"
     loss_weight: float = 1.0
