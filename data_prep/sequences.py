@@ -1,0 +1,237 @@
+"""The HDF5 sequence format: the one file format between text and training.
+
+A file holds one dataset `data`, int32 little-endian, shape (n, 3, msl): n sequences of msl positions, with the planes
+0 = token ids, 1 = loss mask (0 or 1), 2 = labels (the token that follows each position). Chunks are one sequence,
+(1, 3, msl), compressed with HDF5's gzip filter; the root attribute `n_examples` is n. Any HDF5 reader opens it.
+
+Two things here are faster than h5py's ordinary path, and neither changes the format: chunks are deflated by ISA-L and
+written directly, and they are read directly and inflated outside the HDF5 library, which holds a global lock.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+import h5py
+import numpy as np
+from isal import isal_zlib
+
+from data_prep.errors import InputError
+
+PLANES = 3  # token ids, loss mask, labels
+SUFFIX = ".h5"
+# Level recorded in the file (the format's own); the bytes are any valid deflate stream. ISA-L's level 1 packs real code
+# rows to within 3 % of zlib's level 4 at five times its speed.
+GZIP_LEVEL = 4
+ISAL_LEVEL = 1
+ROW_DTYPE = np.dtype("<i4")
+
+
+def compress_row(row: np.ndarray) -> bytes:
+    """Deflate one (3, msl) int32 sequence as HDF5's gzip filter would."""
+    compressed: bytes = isal_zlib.compress(np.ascontiguousarray(row, ROW_DTYPE).data, ISAL_LEVEL)
+    return compressed
+
+
+class SequenceWriter:
+    """Write one sequence file; it appears under its name only when it is complete.
+
+    Use as a context manager: leaving it normally renames `<path>.partial` to `path`, leaving it by an exception deletes
+    it. Rows may come in any number of calls, so memory stays at one call's rows.
+
+    Raises:
+        InputError: rows of another shape than (k, 3, max_seq_length), or the folder cannot be written.
+    """
+
+    def __init__(self, path: str | Path, max_seq_length: int) -> None:
+        if max_seq_length < 1:
+            raise InputError(f"{path}: max_seq_length must be at least 1, not {max_seq_length}")
+        self.path = Path(path)
+        self.max_seq_length = max_seq_length
+        self.num_rows = 0
+        self._partial = self.path.with_name(self.path.name + ".partial")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = h5py.File(self._partial, "w")
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written ({_first_line(error)}): choose another --out") from None
+        self._dataset = self._file.create_dataset(
+            "data",
+            shape=(0, PLANES, max_seq_length),
+            maxshape=(None, PLANES, max_seq_length),
+            dtype=ROW_DTYPE,
+            chunks=(1, PLANES, max_seq_length),
+            compression="gzip",
+            compression_opts=GZIP_LEVEL,
+        )
+
+    def write(self, rows: np.ndarray) -> None:
+        """Append rows, int array of shape (k, 3, max_seq_length)."""
+        if rows.ndim != 3 or rows.shape[1:] != (PLANES, self.max_seq_length):
+            raise InputError(f"{self.path}: rows are {rows.shape}, the file holds (k, 3, {self.max_seq_length})")
+        self.write_compressed(compress_row(row) for row in rows)
+
+    def write_compressed(self, chunks: Iterable[bytes]) -> None:
+        """Append rows that are deflated already (from `compress_row` or `SequenceFile.read_compressed`)."""
+        dataset = self._dataset.id
+        for chunk in chunks:
+            if self.num_rows == self._dataset.shape[0]:
+                self._dataset.resize(max(1024, 2 * self.num_rows), axis=0)
+            dataset.write_direct_chunk((self.num_rows, 0, 0), chunk)
+            self.num_rows += 1
+
+    def close(self) -> None:
+        """Finish the file and give it its name."""
+        self._dataset.resize(self.num_rows, axis=0)
+        self._file.attrs["n_examples"] = self.num_rows
+        self._file.close()
+        os.replace(self._partial, self.path)
+
+    def discard(self) -> None:
+        """Delete what was written; the name stays as it was."""
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+    def __enter__(self) -> SequenceWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.discard()
+
+
+class SequenceFile:
+    """Read one sequence file lazily: `len(file)`, `file[i]` -> (3, msl) int32, `file.max_seq_length`.
+
+    The HDF5 handle is opened on first use and anew in each process (a handle that crosses a fork corrupts silently),
+    and is not pickled. Files with other chunk shapes or filters are read through h5py's ordinary path.
+
+    Raises:
+        InputError: not an HDF5 file, no dataset `data`, another shape or dtype, an unreadable row.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._file: h5py.File | None = None
+        self._process = -1
+        self._open()
+
+    def _open(self) -> h5py.Dataset:
+        if self._file is None or self._process != os.getpid():
+            try:
+                self._file = h5py.File(self.path, "r")
+            except OSError as error:
+                what = "no such file" if not self.path.exists() else f"not a readable HDF5 file ({_first_line(error)})"
+                raise InputError(f"{self.path}: {what}: prepare it with `crystalcoder data tokenize`") from None
+            self._process = os.getpid()
+            dataset = self._file.get("data")
+            if not isinstance(dataset, h5py.Dataset):
+                raise InputError(f"{self.path}: has no dataset 'data': is it a file of sequences?")
+            if dataset.ndim != 3 or dataset.shape[1] != PLANES or dataset.dtype.kind not in "iu":
+                raise InputError(
+                    f"{self.path}: 'data' is {dataset.dtype} {dataset.shape}, not int32 (n, 3, max_seq_length)"
+                )
+            self._dataset = dataset
+            self.max_seq_length = int(dataset.shape[2])
+            # The direct path needs exactly the layout that SequenceWriter writes.
+            self.is_direct = (
+                dataset.chunks == (1, PLANES, self.max_seq_length)
+                and dataset.dtype == ROW_DTYPE
+                and dataset.compression == "gzip"
+                and not (dataset.shuffle or dataset.fletcher32)
+                and sys.byteorder == "little"
+            )
+        return self._dataset
+
+    def __len__(self) -> int:
+        return int(self._open().shape[0])
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """One sequence, int32 (3, msl)."""
+        length = len(self)
+        if not -length <= index < length:
+            raise IndexError(f"{self.path}: row {index} of {length}")
+        index %= length
+        if not self.is_direct:
+            try:
+                row: np.ndarray = self._open()[index].astype(ROW_DTYPE, copy=False)
+            except OSError as error:
+                raise InputError(f"{self.path}: row {index} cannot be read ({_first_line(error)})") from None
+            return row
+        return self._inflate(index, self.read_compressed(index))
+
+    def read_compressed(self, index: int) -> bytes:
+        """One sequence as it lies in the file, deflated; `SequenceWriter.write_compressed` takes it as it is."""
+        if not self.is_direct:
+            return compress_row(self[index])
+        try:
+            mask, chunk = self._open().id.read_direct_chunk((index, 0, 0))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InputError(f"{self.path}: row {index} cannot be read ({_first_line(error)})") from None
+        if mask:  # HDF5 leaves a filter out for a chunk that does not shrink
+            return compress_row(np.frombuffer(chunk, ROW_DTYPE).reshape(PLANES, self.max_seq_length))
+        return bytes(chunk)
+
+    def _inflate(self, index: int, chunk: bytes) -> np.ndarray:
+        try:
+            plain = isal_zlib.decompress(chunk)
+        except zlib.error:  # which ISA-L raises too
+            plain = b""
+        if len(plain) != PLANES * self.max_seq_length * ROW_DTYPE.itemsize:
+            raise InputError(f"{self.path}: row {index} is damaged (it does not inflate): prepare the file again")
+        # A copy: the caller may write into its row.
+        return np.frombuffer(plain, ROW_DTYPE).reshape(PLANES, self.max_seq_length).copy()
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        """The sequences from `start` up to `stop`, one at a time."""
+        for index in range(start, len(self) if stop is None else stop):
+            yield self[index]
+
+    def close(self) -> None:
+        """Let go of the HDF5 handle; the next access opens it again."""
+        if self._file is not None and self._process == os.getpid():
+            self._file.close()
+        self._file = None
+
+    def __enter__(self) -> SequenceFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__init__(state["path"])  # type: ignore[misc]
+
+
+def sequence_files(path: str | Path, *, recursive: bool = False) -> list[Path]:
+    """The sequence files at `path` (a file, or a folder's `*.h5`), sorted by path: the order never depends on the disk.
+
+    Raises:
+        InputError: nothing there.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise InputError(f"{path}: no such file or folder of {SUFFIX} sequence files")
+    files = sorted(p for p in (path.rglob("*" + SUFFIX) if recursive else path.glob("*" + SUFFIX)) if p.is_file())
+    if not files:
+        below = " (there are some in folders below it: name those)" if any(path.rglob("*" + SUFFIX)) else ""
+        raise InputError(f"{path}: holds no {SUFFIX} sequence files{below}")
+    return files
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
