@@ -1,0 +1,84 @@
+"""From settings to rows in an order, and on to micro-batches of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from data_prep.errors import InputError
+from megatron.crystalcoder.data.mixture import open_mixture
+from megatron.crystalcoder.data.order import Order, make_order
+from megatron.crystalcoder.data.rows import Rows, open_rows
+from megatron.crystalcoder.training.config import DataSettings
+
+
+def open_data(settings: DataSettings, *, seq_length: int, vocab_size: int) -> tuple[Rows, Order]:
+    """Open and validate the data of `settings`; raises InputError as `open_rows` and `open_mixture` do."""
+    if settings.mixture:
+        return open_mixture(settings, seq_length=seq_length, vocab_size=vocab_size)
+    if settings.order == "mixture":
+        raise InputError("the order 'mixture' needs a mixture of datasets: choose cyclic, single or shuffled")
+    rows = open_rows(settings.paths, seq_length=seq_length, vocab_size=vocab_size)
+    return rows, make_order(settings.order, len(rows), seed=settings.seed, data_sharding=settings.data_sharding)
+
+
+def micro_batches(
+    rows: Rows,
+    order: Order,
+    *,
+    consumed_samples: int,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+    num_workers: int = 0,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """This data-parallel rank's micro-batches without end, from where `consumed_samples` samples were consumed.
+
+    Yields CPU tensors (b, s): int64 `tokens`, `labels` and `position_ids` (0 to s-1: not reset at document ends) and
+    float32 `loss_mask`. `num_workers` processes read ahead; the batches are the same for any number of them.
+    """
+    numbers = (
+        order.rows(consumed, micro_batch_size=micro_batch_size, dp_rank=dp_rank, dp_size=dp_size)
+        for consumed in count(consumed_samples, micro_batch_size * dp_size)
+    )
+    if not num_workers:
+        return (_collate([rows[index] for index in batch.tolist()]) for batch in numbers)
+    return _read_ahead(rows, numbers, num_workers)
+
+
+def _read_ahead(rows: Rows, numbers: Iterator[np.ndarray], num_workers: int) -> Iterator[dict[str, torch.Tensor]]:
+    batches = (batch.tolist() for batch in numbers)
+    loader = DataLoader(
+        _RowDataset(rows),
+        batch_sampler=batches,  # any iterable of index lists; this one has no end
+        collate_fn=_collate,
+        num_workers=num_workers,
+    )
+    try:
+        yield from loader
+    except InputError as error:
+        # The loader wraps a worker's error in the worker's traceback; the one line is its end.
+        raise InputError(str(error).rsplit("InputError: ", 1)[-1].strip()) from None
+
+
+class _RowDataset(Dataset[np.ndarray]):
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self._rows[index]
+
+
+def _collate(batch: list[np.ndarray]) -> dict[str, torch.Tensor]:
+    planes = torch.from_numpy(np.stack(batch))  # (b, 3, s)
+    positions = torch.arange(planes.shape[2], dtype=torch.int64)
+    return {
+        "tokens": planes[:, 0].long(),
+        "labels": planes[:, 2].long(),
+        "position_ids": positions.repeat(len(batch), 1),
+        "loss_mask": planes[:, 1].float(),
+    }
