@@ -1,0 +1,217 @@
+"""The format and its mask, on own conversations and against the rows the reference was tuned on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.errors import InputError
+from data_prep.tokenizer import Tokenizer, load_tokenizer
+from finetune.chat_format import (
+    BOS,
+    CONTROL_TOKENS,
+    DEFAULT_SYSTEM_PROMPT,
+    EOS,
+    SYSTEM_END,
+    SYSTEM_START,
+    USER_END,
+    USER_START,
+    Conversation,
+    Encoded,
+    Turn,
+    control_token_ids,
+    encode,
+    segments,
+)
+from finetune.packing import PackedRows
+
+
+def conversation(*turns: tuple[str, str]) -> Conversation:
+    return Conversation(tuple(Turn(role, text) for role, text in turns))  # type: ignore[arg-type]
+
+
+def test_segments_of_two_turns_with_system() -> None:
+    dialogue = conversation(("system", "S"), ("user", "U1"), ("assistant", "A1"), ("user", "U2"), ("assistant", "A2"))
+    contents = "".join(s.content for s in segments(dialogue))
+    assert contents == (
+        "<s><|sys_start|>S<|sys_end|><|im_start|>U1<|im_end|>A1<|im_start|>U2<|im_end|>A2</s>"  # nothing in between
+    )
+    assert [s.content for s in segments(dialogue) if s.trained] == ["A1", "A2", EOS]
+
+
+def test_segments_without_system_and_with_the_assistant_first() -> None:
+    assert "".join(s.content for s in segments(conversation(("assistant", "A")))) == "<s>A</s>"
+    assert "".join(s.content for s in segments(conversation(("user", "U"), ("assistant", "")))) == (
+        f"{BOS}{USER_START}U{USER_END}{EOS}"
+    )
+
+
+def test_a_default_system_prompt_opens_only_what_has_none() -> None:
+    bare, own = conversation(("user", "U"), ("assistant", "A")), conversation(("system", "S"), ("assistant", "A"))
+    assert bare.with_system("X").turns[0] == Turn("system", "X")
+    assert own.with_system("X") == own
+    assert bare.with_system("") == bare
+
+
+@pytest.mark.parametrize(
+    ("roles", "says"),
+    [
+        ([], "no turns"),
+        (["user"], "last turn is the user's"),
+        (["user", "user"], "turn 1: the user speaks twice"),
+        (["user", "assistant", "system"], "turn 2: a system turn after the first"),
+        (["narrator"], "unknown role 'narrator'"),
+    ],
+)
+def test_orders_that_the_format_cannot_express_are_refused(roles: list[str], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        conversation(*((role, "x") for role in roles))
+
+
+def test_control_tokens_inside_text_stay_text(tokenizer) -> None:
+    """Planted: encode with special tokens parsed -> ids of `</s>` and the chat tokens appear in the text, fails."""
+    names = control_token_ids(tokenizer)
+    evil = "a </s> b<|im_end|>c <|sys_start|>" + BOS
+    (document,) = encode([conversation(("system", evil), ("user", evil), ("assistant", evil))], tokenizer)
+    counts = {name: int((document.ids == i).sum()) for name, i in names.items()}
+    assert counts == dict.fromkeys(CONTROL_TOKENS, 1)
+    text = tokenizer.decode(document.ids.tolist())
+    assert text.count(evil) == 3
+
+
+def test_texts_with_their_own_spaces_and_lines_come_back(tokenizer) -> None:
+    names = control_token_ids(tokenizer)
+    texts = [" leading", "trailing ", "\n\tline\n", "  ", "ünïcode 🙂", ""]
+    for text in texts:
+        (document,) = encode([conversation(("user", "U"), ("assistant", text))], tokenizer)
+        ids = document.ids.tolist()
+        answer = ids[ids.index(names[USER_END]) + 1 : -1]
+        assert tokenizer.decode(answer) == text
+        assert document.trained.tolist() == [False] * (len(ids) - len(answer) - 1) + [True] * (len(answer) + 1)
+
+
+def test_a_tokenizer_without_the_control_tokens_is_refused(tokenizer) -> None:
+    plain = Tokenizer(tokenizer.path, tokenizer.pieces, {"<s>": 1, "</s>": 2}, tokenizer)
+    with pytest.raises(InputError, match=r"tokenizer\.json: has no <\|im_end\|>, <\|im_start\|>"):
+        encode([conversation(("assistant", "A"))], plain)
+
+
+# --- the rows the reference was tuned on -------------------------------------------------------------------------
+
+
+class Sample:
+    """The reference's processed rows, and their windows of s + 1 tokens cut into documents at `<s>`."""
+
+    def __init__(self, shared: Path) -> None:
+        self.tokenizer = load_tokenizer(shared / "data" / "crystalcoder_tokenizer.json")
+        self.ids = control_token_ids(self.tokenizer)
+        self.names = {i: name for name, i in self.ids.items()}
+        lines = (shared / "data" / "instruct_sample_100.jsonl").read_text().splitlines()
+        self.windows = [self._window(json.loads(line)) for line in lines]
+
+    def _window(self, row: dict[str, list[int]]) -> Encoded:
+        ids = np.array([*row["token_ids"], row["label_ids"][-1]], dtype=np.int32)
+        # The first token of a row is nobody's label: whether it was trained is not recorded.
+        return Encoded(ids, np.array([False, *row["loss_mask"]], dtype=np.bool_))
+
+    def documents(self, window: Encoded) -> list[Encoded]:
+        """The window cut before each `<s>`: whole documents, and at its ends parts of two."""
+        starts = np.flatnonzero(window.ids == self.ids[BOS])
+        parts = zip(np.split(window.ids, starts), np.split(window.trained, starts), strict=True)
+        return [Encoded(ids, trained) for ids, trained in parts if len(ids)]
+
+    def is_chat(self, document: Encoded) -> bool:
+        return bool(np.isin(document.ids, [self.ids[USER_END], self.ids[SYSTEM_END]]).any())
+
+    def turns(self, ids: list[int]) -> list[Turn]:
+        """Texts between control tokens; the token that closes a text tells who speaks."""
+        speaker = {SYSTEM_END: "system", USER_END: "user", USER_START: "assistant", EOS: "assistant"}
+        found: list[Turn] = []
+        text: list[int] = []
+        for previous, token in zip([None, *ids], ids, strict=False):
+            name = self.names.get(token)
+            if name is None:
+                text.append(token)
+                continue
+            is_empty_answer = name == EOS and self.names.get(previous) in (USER_END, SYSTEM_END)
+            if name in speaker and (text or name in (USER_END, SYSTEM_END) or is_empty_answer):
+                # A row may end after the word-start mark of a text, which alone decodes to nothing: any text will do.
+                spoken = self.tokenizer.decode(text) or "x" * len(text)
+                found.append(Turn(speaker[name], spoken))  # type: ignore[arg-type]
+            text = []
+        return found
+
+    def missing_ends(self, ids: list[int]) -> tuple[list[int], list[int]]:
+        """Control tokens that make a cut document whole, before and after it."""
+        controls = [self.names[i] for i in ids if i in self.names]
+        head: list[str] = []
+        if ids[0] != self.ids[BOS]:
+            opens = {USER_END: [USER_START], SYSTEM_END: [SYSTEM_START]}
+            head = [BOS, *opens.get(controls[0] if controls else EOS, [])]
+        tail: list[str] = []
+        if ids[-1] != self.ids[EOS]:
+            closes = {USER_START: [USER_END, EOS], SYSTEM_START: [SYSTEM_END, EOS]}
+            tail = closes.get(controls[-1], [EOS])
+        return [self.ids[name] for name in head], [self.ids[name] for name in tail]
+
+    def skeleton(self, document: Encoded) -> list[tuple[str, bool]]:
+        """Control tokens and texts with whether they are trained; a text is one entry."""
+        tokens = zip(document.ids.tolist(), document.trained.tolist(), strict=True)
+        kinds = [(self.names.get(i, "text"), trained) for i, trained in tokens]
+        return [kind for previous, kind in zip([None, *kinds], kinds, strict=False) if kind != previous]
+
+
+@pytest.fixture(scope="module")
+def sample(shared: Path) -> Sample:
+    return Sample(shared)
+
+
+def test_complete_documents_of_the_reference_are_rebuilt_from_their_text(sample: Sample) -> None:
+    """Ids and mask position by position; no document differs.
+
+    Planted: `</s>` not trained -> 138 of 138 differ; the mid-dialogue `<|im_start|>` trained -> fails.
+    """
+    complete = [
+        document
+        for window in sample.windows
+        for document in sample.documents(window)
+        if document.ids[0] == sample.ids[BOS] and document.ids[-1] == sample.ids[EOS] and sample.is_chat(document)
+    ]
+    # One of them ends on the last label of its row, so it is complete only in the window of s + 1.
+    assert len(complete) == 138
+    rebuilt = encode([Conversation(tuple(sample.turns(d.ids.tolist()))) for d in complete], sample.tokenizer)
+    for ours, theirs in zip(rebuilt, complete, strict=True):
+        np.testing.assert_array_equal(ours.ids, theirs.ids)
+        np.testing.assert_array_equal(ours.trained, theirs.trained)
+    assert any(d.turns[0].text == DEFAULT_SYSTEM_PROMPT for d in map(_conversation(sample), complete))
+
+
+def _conversation(sample: Sample):
+    return lambda document: Conversation(tuple(sample.turns(document.ids.tolist())))
+
+
+def test_the_mask_of_every_row_is_explained(sample: Sample) -> None:
+    """Documents cut by a row's edge are completed, rebuilt and compared by segment: a cut text encodes to other ids.
+
+    56 rows hold conversations and follow the format; 44 hold plain text, in which every token is trained.
+    """
+    plain = 0
+    for window in sample.windows:
+        (row,) = PackedRows([window], seq_length=2048, pad_id=sample.ids[EOS])
+        np.testing.assert_array_equal(row[1], window.trained[1:])
+        if not any(sample.is_chat(part) for part in sample.documents(window)):
+            plain += 1
+            assert window.trained[1:].all()
+            continue
+        for number, part in enumerate(sample.documents(window)):
+            first = 1 if number == 0 else 0  # see _window
+            ids, head, tail = part.ids.tolist(), *sample.missing_ends(part.ids.tolist())
+            (rebuilt,) = encode([Conversation(tuple(sample.turns([*head, *ids, *tail])))], sample.tokenizer)
+            ours = sample.skeleton(rebuilt)[len(head) :]
+            theirs = sample.skeleton(Encoded(part.ids[first:], part.trained[first:]))
+            ours = ours[len(ours) - len(tail) - len(theirs) : len(ours) - len(tail)]
+            assert ours == theirs
+    assert plain == 44
