@@ -68,6 +68,10 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+class ResidualConv1D(Conv1D):
+    """A linear that writes to the residual stream: a class of its own because it starts smaller."""
+
+
 class CrystalCoderAttention(nn.Module):
     """Causal multi-head attention; `c_attn`'s columns are all q, all k, all v, each head by head."""
 
@@ -79,7 +83,7 @@ class CrystalCoderAttention(nn.Module):
         self.head_dim = config.head_dim
         self.scaling = config.softmax_scale
         self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
-        self.c_proj = Conv1D(config.n_embd, config.n_embd)
+        self.c_proj = ResidualConv1D(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(
@@ -120,7 +124,7 @@ class CrystalCoderMLP(nn.Module):
         super().__init__()
         self.c_fc = Conv1D(config.n_inner, config.n_embd)
         self.c_fc2 = Conv1D(config.n_inner, config.n_embd)
-        self.c_proj = Conv1D(config.n_embd, config.n_inner)
+        self.c_proj = ResidualConv1D(config.n_embd, config.n_inner)
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -169,6 +173,10 @@ class CrystalCoderPreTrainedModel(PreTrainedModel):
     # Published checkpoints carry the causal mask of each layer as a buffer.
     _keys_to_ignore_on_load_unexpected = [r"attn\.bias$", r"attn\.masked_bias$"]  # noqa: RUF012
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # transformers would guess it from words in this file, other ones in each version
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """muP initialisation: hidden matrices N(0, range^2 * width_scale), those that write to the residual stream
@@ -176,16 +184,14 @@ class CrystalCoderPreTrainedModel(PreTrainedModel):
         # Through `nn.init`, never `.data`: transformers guards these functions so that loaded weights stay as they are.
         hidden_std = self.config.initializer_range * math.sqrt(self.config.mup_width_scale)
         if isinstance(module, Conv1D):
-            nn.init.normal_(module.weight, std=hidden_std)
+            shrink = math.sqrt(2 * self.config.n_layer) if isinstance(module, ResidualConv1D) else 1.0
+            nn.init.normal_(module.weight, std=hidden_std / shrink)
             nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding | nn.Linear):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
-        # A parent is initialised after its children, so this overrides the first branch.
-        if isinstance(module, CrystalCoderAttention | CrystalCoderMLP):
-            nn.init.normal_(module.c_proj.weight, std=hidden_std / math.sqrt(2 * self.config.n_layer))
 
 
 class CrystalCoderModel(CrystalCoderPreTrainedModel):
@@ -269,6 +275,7 @@ class CrystalCoderLMHeadModel(CrystalCoderPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.transformer = CrystalCoderModel(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.loss_type = "ForCausalLM"  # transformers would guess it from the class's name, which published maps fix
         self.post_init()
 
     def forward(
