@@ -16,6 +16,8 @@ _FIXED = {
     "position_embedding_type": "rotary",
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
+    "add_cross_attention": False,
 }
 
 
@@ -62,7 +64,7 @@ def from_hf(values: dict[str, Any], where: Path) -> ModelConfig:
             rotary_dim=int(values.get("rotary_dim") or hidden // heads),
             max_sequence_length=int(values["n_positions"]),
             layernorm_epsilon=float(values.get("layer_norm_epsilon", 1e-5)),
-            rotary_base=float(values.get("rotary_base", 10000.0)),
+            rotary_base=float(values.get("rope_theta", 10000.0)),
             tie_word_embeddings=bool(values.get("tie_word_embeddings", True)),
             mup=MuP(
                 width_scale=float(values.get("mup_width_scale", 1.0)),
@@ -87,6 +89,7 @@ def hf_values(config: ModelConfig) -> dict[str, Any]:
         "n_head": config.num_attention_heads,
         "n_inner": config.ffn_hidden_size,
         "rotary_dim": config.rotary_dim,
+        "rope_theta": config.rotary_base,
         "layer_norm_epsilon": config.layernorm_epsilon,
         "tie_word_embeddings": config.tie_word_embeddings,
         "mup_width_scale": config.mup.width_scale,

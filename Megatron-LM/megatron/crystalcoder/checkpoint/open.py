@@ -24,6 +24,7 @@ Format = Literal["hf", "torch", "torch_dist", "legacy"]
 class Checkpoint:
     """A checkpoint on disk, opened.
 
+    folder: where its weights lie: `path` itself, or the iteration's directory in it.
     mup_recorded: whether `config`'s muP constants and rotary style come from the checkpoint; if not they are neutral
     and must be replaced before use (the reference's converter did not record them).
     is_converted: a converter wrote it, so a run that starts from it begins at iteration 0 with all rows.
@@ -31,6 +32,7 @@ class Checkpoint:
     """
 
     path: Path
+    folder: Path
     format: Format
     config: ModelConfig
     weights: WeightSource
@@ -50,7 +52,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         raise InputError(f"{path}: no such directory: give the directory of a checkpoint")
     if (path / "config.json").is_file() and not (path / TRACKER).is_file():
         hf = HFWeights(path)
-        return Checkpoint(path, "hf", hf.config, hf, hf_files=path)
+        return Checkpoint(path, path, "hf", hf.config, hf, hf_files=path)
     iteration, folder = read_tracker(path)
     hf_files = path / HF_FILES if (path / HF_FILES / "config.json").is_file() else None
     is_distributed = (folder / FORMAT).is_file()
@@ -73,6 +75,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     recorded = mup_is_recorded(args)
     return Checkpoint(
         path=path,
+        folder=folder,
         format=format_,
         config=config,
         weights=weights,

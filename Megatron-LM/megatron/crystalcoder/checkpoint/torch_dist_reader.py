@@ -7,6 +7,7 @@ the layout of ranks that wrote it. megatron-core stacks the layers of a tensor a
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import IO, Any
 
@@ -68,8 +69,11 @@ class TorchDistWeights(MegatronWeights):
         chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         # A hole in the chunks must not pass for values.
         tensor = torch.full(sizes, float("nan"), dtype=entry.properties.dtype)
+        planner = _ChunkPlanner(key, entry, chunk)
         try:
-            dcp.load({key: tensor}, storage_reader=self._reader, planner=_ChunkPlanner(key, entry, chunk), no_dist=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's note that there is no process group: that is the point
+                dcp.load({key: tensor}, storage_reader=self._reader, planner=planner, no_dist=True)
         except Exception as error:  # torch wraps whatever a damaged file raises
             raise InputError(
                 f"{self._path}: {key} cannot be read, a .distcp file is missing or damaged: copy it again"

@@ -1,0 +1,119 @@
+"""Write a Hugging Face checkpoint tensor by tensor: sharded safetensors, configuration, model code, tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.crystalcoder.checkpoint.hf_config import hf_values, packaged_directory, read_json
+from megatron.crystalcoder.checkpoint.weights import WeightSource, logical_shapes
+from megatron.crystalcoder.model.config import ModelConfig
+
+MAX_SHARD_BYTES = 5_000_000_000
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+_GENERATION_CONFIG = "generation_config.json"
+SAFETENSORS_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+
+
+def write_weights(target: Path, source: WeightSource, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write all tensors into `model*.safetensors`, holding one at a time; several files get an index."""
+    shapes = logical_shapes(source.config)
+    sizes = {name: _bytes(shapes[name], source.dtype(name)) for name in source.names()}
+    shards: list[list[str]] = [[]]
+    room = max_shard_bytes
+    for name, size in sizes.items():
+        if size > room and shards[-1]:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(name)
+        room -= size
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_safetensors(target / file, source, {name: shapes[name] for name in names})
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        _write_json(target / "model.safetensors.index.json", index)
+
+
+def _write_safetensors(path: Path, source: WeightSource, shapes: dict[str, tuple[int, ...]]) -> None:
+    """The format: header length (8 bytes, little endian), a JSON header with offsets, then the tensors.
+
+    Written here because the library's own writer wants all tensors in memory together.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in shapes.items():
+        dtype = source.dtype(name)
+        end = offset + _bytes(shape, dtype)
+        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # tensors start aligned
+    with path.open("wb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little"))
+        stream.write(encoded)
+        for name in shapes:
+            stream.write(_raw(source.read(name)))
+
+
+def _bytes(shape: Iterable[int], dtype: torch.dtype) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def config_json(config: ModelConfig, template: dict[str, Any]) -> dict[str, Any]:
+    """config.json's content: what the model decides, the packaged code's names, and the template for all else."""
+    packaged = read_json(packaged_directory() / "config.json")
+    code = {key: packaged[key] for key in ("model_type", "architectures", "auto_map")}
+    return {**packaged, **template, **hf_values(config), **code}
+
+
+def write_companions(
+    target: Path, config: ModelConfig, template: dict[str, Any], files_from: Path | None, dtype: torch.dtype
+) -> None:
+    """config.json, generation_config.json and tokenizer files. files_from: where the latter two are taken from."""
+    content = config_json(config, template) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    _write_json(target / "config.json", content)
+    own_generation = files_from is not None and (files_from / _GENERATION_CONFIG).is_file()
+    if files_from is not None and own_generation:
+        shutil.copyfile(files_from / _GENERATION_CONFIG, target / _GENERATION_CONFIG)
+    else:
+        generation = {"_from_model_config": True}
+        generation |= {key: content[key] for key in ("bos_token_id", "eos_token_id") if key in content}
+        _write_json(target / _GENERATION_CONFIG, generation)
+    for name in TOKENIZER_FILES:
+        if files_from is not None and (files_from / name).is_file():
+            shutil.copyfile(files_from / name, target / name)
+
+
+def write_code(target: Path) -> None:
+    """The packaged model's code, so that the directory runs where this project is not installed."""
+    for file in packaged_directory().glob("*_crystalcoder*.py"):
+        shutil.copyfile(file, target / file.name)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

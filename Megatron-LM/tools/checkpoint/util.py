@@ -1,0 +1,96 @@
+"""Convert checkpoints with Megatron-LM's flags: Hugging Face to Megatron, back, and Megatron to another TP and PP.
+
+    python Megatron-LM/tools/checkpoint/util.py --model-type GPT --loader crystalcoder_hf --saver megatron \\
+        --target-tensor-parallel-size 2 --target-pipeline-parallel-size 4 --load-dir HF --save-dir MEGATRON
+    python Megatron-LM/tools/checkpoint/util.py --model-type GPT --loader megatron --saver crystalcoder_hf \\
+        --load-dir MEGATRON --save-dir HF --hf-config-path CrystalCoder
+
+Needs no GPU and builds no model. `crystalcoder convert` does the same with shorter flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from data_prep.errors import InputError, exits_on_bad_input
+from megatron.crystalcoder.checkpoint.convert import DTYPES, convert
+from megatron.crystalcoder.checkpoint.hf_config import resolve_hf_config_path
+from megatron.crystalcoder.checkpoint.open import open_checkpoint
+
+# Flags that belong to one loader or saver, as in the reference: given with another they are refused, not ignored.
+_PLUGIN_FLAGS = {
+    "loader crystalcoder_hf": ("tokenizer_model",),
+    "loader megatron": ("vocab_file",),
+    "saver megatron": ("target_tensor_parallel_size", "target_pipeline_parallel_size", "save_format"),
+    "saver crystalcoder_hf": ("hf_config_path",),
+}
+_NO_EFFECT = "accepted for old command lines; has no effect here"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Convert checkpoints between Hugging Face and Megatron, at any TP and PP.", allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--model-type", required=True, choices=["GPT"], help="the kind of model")
+    add("--loader", required=True, choices=["crystalcoder_hf", "megatron"], help="format of the source")
+    add("--saver", required=True, choices=["megatron", "crystalcoder_hf"], help="format of the target")
+    add("--load-dir", required=True, type=Path, help="the source checkpoint's directory")
+    add("--save-dir", required=True, type=Path, help="the directory to write; must not exist yet")
+    add("--dtype", choices=DTYPES, help="cast to this dtype (default: keep what is stored, so a round trip is exact)")
+    add("--overwrite", action="store_true", help="replace --save-dir, once the new checkpoint is complete")
+    add("--no-checking", action="store_true", help="do not read the result back to compare it with the source")
+    add("--true-vocab-size", type=int, help="refuse a source whose vocabulary has another size")
+    add("--max-queue-size", type=int, help=f"{_NO_EFFECT}: tensors go through one at a time")
+    add("--megatron-path", help=f"{_NO_EFFECT}: Megatron-LM is not needed")
+    saver = parser.add_argument_group("--saver megatron")
+    saver.add_argument("--target-tensor-parallel-size", type=int, help="default: the source's, or 1")
+    saver.add_argument("--target-pipeline-parallel-size", type=int, help="default: the source's, or 1")
+    saver.add_argument("--save-format", choices=["torch", "torch_dist"], help="default: torch, one file per rank")
+    hf_saver = parser.add_argument_group("--saver crystalcoder_hf")
+    hf_saver.add_argument(
+        "--hf-config-path",
+        help="directory with config.json and tokenizer, or `CrystalCoder` for the packaged one. The checkpoint's own "
+        "sizes and muP constants count; a directory that is not the packaged one must agree with them. Needed for "
+        "checkpoints of the reference's converter, which do not record muP",
+    )
+    parser.add_argument_group("--loader crystalcoder_hf").add_argument("--tokenizer-model", help=_NO_EFFECT)
+    parser.add_argument_group("--loader megatron").add_argument("--vocab-file", help=_NO_EFFECT)
+    return parser
+
+
+@exits_on_bad_input
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the flags and convert. An unknown flag, like any wrong one, exits with 2."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    for plugin, flags in _PLUGIN_FLAGS.items():
+        role, name = plugin.split()
+        for flag in flags:
+            if getattr(args, flag) is not None and getattr(args, role) != name:
+                parser.error(f"--{flag.replace('_', '-')} belongs to --{plugin}, not to --{role} {getattr(args, role)}")
+    source = open_checkpoint(args.load_dir)
+    if (source.format == "hf") != (args.loader == "crystalcoder_hf"):
+        other = "crystalcoder_hf" if source.format == "hf" else "megatron"
+        raise InputError(f"{args.load_dir}: is a {source.format} checkpoint: use --loader {other}")
+    if args.true_vocab_size not in (None, source.config.vocab_size):
+        raise InputError(
+            f"{args.load_dir}: the vocabulary has {source.config.vocab_size} rows, not the {args.true_vocab_size} of "
+            "--true-vocab-size (CrystalCoder's is never padded): drop the flag or take another checkpoint"
+        )
+    convert(
+        args.load_dir,
+        args.save_dir,
+        format="hf" if args.saver == "crystalcoder_hf" else args.save_format or "torch",
+        tensor_parallel=args.target_tensor_parallel_size,
+        pipeline_parallel=args.target_pipeline_parallel_size,
+        dtype=DTYPES[args.dtype] if args.dtype else None,
+        hf_config=resolve_hf_config_path(args.hf_config_path) if args.hf_config_path else None,
+        overwrite=args.overwrite,
+        verify=not args.no_checking,
+    )
+
+
+if __name__ == "__main__":
+    main()
