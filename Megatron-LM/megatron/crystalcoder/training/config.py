@@ -116,7 +116,11 @@ class TrainConfig:
 
     eval_data: tuple[DataSettings, ...] = ()
     eval_interval: int = 0
-    eval_iters: int = 0
+    eval_iters: int = 0  # global batches per entry of eval_data, from its first row; 0: all of it
 
     log_interval: int = 1
+    log_params_norm: bool = False
+    log_memory: bool = False
+    log_timers: bool = False
     tensorboard_dir: Path | None = None
+    tensorboard_queue_size: int = 10

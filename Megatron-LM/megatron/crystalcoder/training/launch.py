@@ -1,0 +1,51 @@
+"""torchrun whose last words are the program's own.
+
+    python -m megatron.crystalcoder.training.launch [torchrun's options] SCRIPT [its arguments]
+
+torchrun answers any worker's exit with a report of its own and exit code 1. Here a worker that found bad input (exit
+code 2, one line on stderr) ends the job with exit code 2 and that line alone; any other failure ends it with the
+worker's exit code, after the worker's own traceback and one line that names the rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+from data_prep.errors import EXIT_BAD_INPUT
+
+# A worker that gets SIGTERM finishes its step and saves: give it more than torchrun's 30 seconds.
+_SECONDS_TO_SAVE = "120"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run torchrun with these arguments and exit as the job did."""
+    # Set before torchrun looks, so that it does not warn of choosing for us.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    options = run.parse_args(["--shutdown-timeout", _SECONDS_TO_SAVE, *(arguments or sys.argv[1:])])
+    try:
+        run.run(options)
+    except ChildFailedError as error:
+        raise SystemExit(_exit_code(error)) from None
+    except SignalException as error:
+        raise SystemExit(128 + error.sigval) from None
+
+
+def _exit_code(error: object) -> int:
+    failures = getattr(error, "failures", {})
+    if any(failure.exitcode == EXIT_BAD_INPUT for failure in failures.values()):
+        return EXIT_BAD_INPUT
+    rank, first = min(failures.items(), key=lambda item: item[1].timestamp)
+    how = f"exit code {first.exitcode}" if first.exitcode >= 0 else f"signal {-first.exitcode}"
+    print(f"error: rank {rank} ended with {how}; what it said stands above", file=sys.stderr, flush=True)
+    return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""The training loop that both front doors call: set up, find where to start, step, save."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
+
+from data_prep.errors import InputError
+from megatron.crystalcoder import platform
+from megatron.crystalcoder.checkpoint.load import load_weights
+from megatron.crystalcoder.checkpoint.weights import WeightSource
+from megatron.crystalcoder.data.loader import micro_batches, open_data
+from megatron.crystalcoder.data.order import Order
+from megatron.crystalcoder.model.gpt import build_model
+from megatron.crystalcoder.training.config import TrainConfig
+from megatron.crystalcoder.training.evaluation import evaluate, open_evaluation_sets
+from megatron.crystalcoder.training.metrics import MetricsLog, StepFacts
+from megatron.crystalcoder.training.optimizer import build_optimizer
+from megatron.crystalcoder.training.resume import Progress, Start, find_start, refuse_other_data
+from megatron.crystalcoder.training.run_state import load_run, save_run
+from megatron.crystalcoder.training.schedules import learning_rate
+from megatron.crystalcoder.training.step import StepResult, num_micro_batches, train_step
+
+# The exit code of a program that a SIGTERM ended, by the shells' convention.
+EXIT_INTERRUPTED = 128 + signal.SIGTERM
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient norm became NaN or infinite; the message says at which iteration, rank and rows."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a call of `train` ended. lm_loss is None when there was no step left to do."""
+
+    iteration: int
+    consumed_samples: int
+    lm_loss: float | None
+    interrupted: bool = False
+
+
+def train(config: TrainConfig, *, initial_weights: WeightSource | None = None) -> TrainResult:
+    """Train until `config.train_iters`, or until a SIGTERM has been answered with a checkpoint.
+
+    Needs `platform.initialize()` before. `initial_weights` are what a run begins with when neither `config.save` nor
+    `config.load` holds a checkpoint. Raises InputError before the first step when anything the user gave does not fit,
+    NonFiniteError when the run diverges (unless `config.skip_nonfinite`).
+    """
+    check_sizes(config)
+    platform.initialize_model_parallel(config.parallel, config.seed)
+    rows, order = open_data(config.data, seq_length=config.seq_length, vocab_size=config.model.vocab_size)
+    evaluation_sets = open_evaluation_sets(config) if config.eval_interval else []
+    start = find_start(config, initial_weights)
+    fingerprint = hashlib.blake2b(f"{rows.fingerprint()} {order!r}".encode(), digest_size=16).hexdigest()
+    refuse_other_data(start, fingerprint)
+    this_rank = _rank_of_order(config)
+    progress = start.progress
+    order.rows(progress.consumed_samples, **this_rank)  # an order that cannot go on from here says so now
+
+    if dist.get_rank() == 0:
+        print(f"starting from {start.origin}", flush=True)
+    model, optimizer = build(config, start)
+    data = micro_batches(
+        rows, order, consumed_samples=progress.consumed_samples, num_workers=config.data.num_workers, **this_rank
+    )
+    lm_loss, interrupted = None, False
+    with MetricsLog(config, resumed_iteration=progress.iteration) as log, stop_on_sigterm() as stop_requested:
+        while progress.iteration < config.train_iters and not interrupted:
+            lr = learning_rate(config.schedule, step=progress.iteration, samples=progress.consumed_samples)
+            result = train_step(model, optimizer, data, config, lr=lr)
+            if not result.updated and not config.skip_nonfinite:
+                raise NonFiniteError(describe_non_finite(result, config, progress, order))
+            progress = Progress(progress.iteration + 1, progress.consumed_samples + config.global_batch_size)
+            lm_loss = result.lm_loss
+            norm = parameters_norm(model) if config.log_params_norm else None
+            log.step(StepFacts(progress.iteration, progress.consumed_samples, result, lr, norm))
+
+            if evaluation_sets and progress.iteration % config.eval_interval == 0:
+                log.evaluation(progress.iteration, evaluate(model, evaluation_sets, config))
+            interrupted = stop_requested()
+            due = config.save_interval > 0 and progress.iteration % config.save_interval == 0
+            if config.save is not None and (due or interrupted or progress.iteration == config.train_iters):
+                save_run(config, model, optimizer, progress, data_fingerprint=fingerprint)
+                log.restart_clock()
+    return TrainResult(progress.iteration, progress.consumed_samples, lm_loss, interrupted)
+
+
+def check_sizes(config: TrainConfig) -> None:
+    """Raise InputError unless batch, ranks and model divide as they must."""
+    parallel = config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    config.model.check_layout(tp, pp)
+    ranks = dist.get_world_size()
+    if ranks % (tp * pp):
+        raise InputError(f"{ranks} ranks do not split into TP {tp} x PP {pp}: start a multiple of {tp * pp} ranks")
+    data_parallel = ranks // (tp * pp)
+    batch = config.micro_batch_size * data_parallel
+    if config.micro_batch_size < 1 or config.global_batch_size < 1 or config.global_batch_size % batch:
+        raise InputError(
+            f"global batch size {config.global_batch_size} is not a multiple of micro-batch size "
+            f"{config.micro_batch_size} x {data_parallel} data-parallel ranks = {batch}: change one of them"
+        )
+    if config.seq_length > config.model.max_sequence_length:
+        raise InputError(
+            f"sequence length {config.seq_length} exceeds the model's {config.model.max_sequence_length} positions: "
+            "take shorter rows, or raise --max-position-embeddings"
+        )
+    if parallel.sequence_parallel and config.seq_length % tp:
+        raise InputError(
+            f"sequence parallelism splits sequences of {config.seq_length} over TP {tp}, which does not divide it: "
+            "change one of them, or drop --sequence-parallel"
+        )
+
+
+def _rank_of_order(config: TrainConfig) -> dict[str, int]:
+    return {
+        "micro_batch_size": config.micro_batch_size,
+        "dp_rank": parallel_state.get_data_parallel_rank(),
+        "dp_size": parallel_state.get_data_parallel_world_size(),
+    }
+
+
+def build(config: TrainConfig, start: Start) -> tuple[DistributedDataParallel, MegatronOptimizer]:
+    """This rank's model with its weights, wrapped for data parallelism, and its optimizer, ready to go on."""
+    parallel = config.parallel
+    stage = build_model(config.model, parallel, dtype=torch.bfloat16 if config.bf16 else torch.float32)
+    load_weights(stage, start.weights, config.model, parallel)
+    # Weights first: wrapping moves them into flat buffers, and the optimizer takes its fp32 copies from those.
+    model = DistributedDataParallel(
+        stage.config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+        ),
+        stage,
+    )
+    stage.config.finalize_model_grads_func = finalize_model_grads
+    if parallel.overlap_grad_reduce:
+        stage.config.no_sync_func = model.no_sync
+    optimizer = build_optimizer(model, config.optimizer, parallel, bf16=config.bf16)
+    load_run(start, config, model, optimizer)
+    return model, optimizer
+
+
+def parameters_norm(model: DistributedDataParallel) -> float:
+    """L2 norm of all parameters of the model, each counted once whatever the layout."""
+    total = torch.zeros((), dtype=torch.float64, device=platform.device())
+    for parameter in model.parameters():
+        if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter):
+            total += parameter.detach().double().square().sum()
+    dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
+    return float(total.sqrt())
+
+
+def describe_non_finite(result: StepResult, config: TrainConfig, progress: Progress, order: Order) -> str:
+    """Which iteration, rank and rows to look at. `progress` is that before the step."""
+    dp_size = parallel_state.get_data_parallel_world_size()
+    size = config.micro_batch_size
+    places = []
+    for each in result.non_finite:
+        micro = each.micro_batches or range(num_micro_batches(config))
+        rows = [
+            order.rows(
+                progress.consumed_samples + number * size * dp_size,
+                micro_batch_size=size,
+                dp_rank=each.data_parallel_rank,
+                dp_size=dp_size,
+            ).tolist()
+            for number in list(micro)[:8]
+        ]
+        what = "its loss" if each.micro_batches else f"the gradient of {each.parameter}"
+        places.append(f"rank {each.rank}: {what}, from rows {', '.join(map(str, rows))}")
+    return (
+        f"iteration {progress.iteration + 1}: loss {result.lm_loss}, gradient norm {result.grad_norm} is not finite; "
+        f"{'; '.join(places)}. The weights are unchanged; the last checkpoint stands. Look at those rows, lower the "
+        "learning rate, or pass --skip-nonfinite to leave such steps out"
+    )
+
+
+@contextmanager
+def stop_on_sigterm() -> Iterator[Callable[[], bool]]:
+    """Catch SIGTERM inside; the yielded function tells, on all ranks alike, whether any of them got one."""
+    received = torch.zeros(1, dtype=torch.int32)
+
+    def note(signum: int, frame: object) -> None:
+        received.fill_(1)
+
+    def requested() -> bool:
+        anywhere = received.to(platform.device(), copy=True)
+        dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
+        return bool(anywhere.item())
+
+    previous = signal.signal(signal.SIGTERM, note)
+    try:
+        yield requested
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,143 @@
+"""Where a run starts from: its own last checkpoint, somebody's weights, or new ones. Decided before any building."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.errors import InputError
+from megatron.crystalcoder.checkpoint.directory import TRACKER
+from megatron.crystalcoder.checkpoint.open import Checkpoint, open_checkpoint
+from megatron.crystalcoder.checkpoint.weights import WeightSource
+from megatron.crystalcoder.model.config import ModelConfig
+from megatron.crystalcoder.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. The schedule and the data order are functions of it, so nothing else is stored for them."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+
+
+@dataclass(frozen=True)
+class Start:
+    """The weights to begin with and, when a run continues, the checkpoint that holds the rest of its state."""
+
+    origin: str  # for people to read
+    weights: WeightSource
+    progress: Progress = Progress()
+    checkpoint: Checkpoint | None = None
+    load_optimizer: bool = False
+    load_rng: bool = False
+
+
+def find_start(config: TrainConfig, initial_weights: WeightSource | None = None) -> Start:
+    """What the run starts from, the first of these that exists:
+
+    1. a run's checkpoint in `config.save`: the run goes on (`config.finetune` speaks of `config.load` alone);
+    2. the checkpoint in `config.load`: if a run wrote it, that run goes on, unless `config.finetune`; anything else
+       (converted, Hugging Face, the reference's) gives its weights to a run that begins at iteration 0 with every row;
+    3. `initial_weights`.
+
+    Without `config.load_optimizer` / `load_rng`, Adam's moments / the random state are left behind; iteration, schedule
+    and data position go on. Raises InputError when nothing is there, or what is there contradicts `config`.
+    """
+    if config.save is not None and config.save != config.load and (config.save / TRACKER).is_file():
+        saved = open_checkpoint(config.save)
+        if is_run(saved):
+            return _go_on(config, saved)
+    if config.load is not None and (has_checkpoint(config.load) or initial_weights is None):
+        loaded = open_checkpoint(config.load)
+        if is_run(loaded) and not config.finetune:
+            return _go_on(config, loaded)
+        refuse_other_model(config.model, loaded)
+        return Start(f"iteration 0, with the weights of {config.load} ({loaded.format})", loaded.weights)
+    if config.load is not None and config.exit_on_missing_checkpoint:
+        open_checkpoint(config.load)  # says what is missing
+    if initial_weights is None:
+        raise InputError("no weights to start from: give --load a checkpoint or a Hugging Face directory")
+    return Start("iteration 0, with new random weights", initial_weights)
+
+
+def has_checkpoint(path: Path) -> bool:
+    """Whether there is something to open at `path`, be it whole or not."""
+    return (path / TRACKER).is_file() or (path / "config.json").is_file()
+
+
+def is_run(checkpoint: Checkpoint) -> bool:
+    """Whether a training run of this project wrote it, as opposed to a converter or another trainer."""
+    return hasattr(checkpoint.args, "data_fingerprint")
+
+
+def _go_on(config: TrainConfig, checkpoint: Checkpoint) -> Start:
+    refuse_other_model(config.model, checkpoint)
+    if config.load_optimizer:
+        _refuse_other_optimizer(config, checkpoint)
+    assert checkpoint.args is not None
+    return Start(
+        f"iteration {checkpoint.iteration} of {checkpoint.path}",
+        checkpoint.weights,
+        Progress(checkpoint.iteration, checkpoint.args.consumed_train_samples),
+        checkpoint,
+        load_optimizer=config.load_optimizer,
+        # Random states belong to ranks: those of another layout mean nothing here.
+        load_rng=config.load_rng and _same_layout(config, checkpoint),
+    )
+
+
+def refuse_other_model(model: ModelConfig, checkpoint: Checkpoint) -> None:
+    """Raise InputError when the checkpoint records another model than the one configured.
+
+    The longest sequence may differ: rotary positions have no table that it would have to fit.
+    """
+    theirs = checkpoint.config
+    names = ["vocab_size", "hidden_size", "num_layers", "num_attention_heads", "ffn_hidden_size", "rotary_dim"]
+    names += ["rotary_base", "layernorm_epsilon", "tie_word_embeddings"]
+    if checkpoint.mup_recorded:
+        names += ["rotary_interleaved", "mup"]
+    for name in names:
+        ours, recorded = getattr(model, name), getattr(theirs, name)
+        if ours != recorded:
+            raise InputError(
+                f"{checkpoint.path}: the checkpoint records {name} {recorded}, but {ours} is asked for: "
+                "drop that setting, or load another checkpoint"
+            )
+
+
+def _same_layout(config: TrainConfig, checkpoint: Checkpoint) -> bool:
+    return (checkpoint.tensor_parallel, checkpoint.pipeline_parallel) == (
+        config.parallel.tensor_model_parallel_size,
+        config.parallel.pipeline_model_parallel_size,
+    )
+
+
+def _refuse_other_optimizer(config: TrainConfig, checkpoint: Checkpoint) -> None:
+    """Raise InputError for optimizer state that cannot be read into this run's optimizer."""
+    facts = vars(checkpoint.args)
+    remedy = "or leave Adam's moments behind with --no-load-optim"
+    if facts["bf16"] != config.bf16:
+        dtype = "bf16" if facts["bf16"] else "fp32"
+        raise InputError(f"{checkpoint.path}: the optimizer state is of a {dtype} run: resume in {dtype}, {remedy}")
+    if facts["use_distributed_optimizer"] != config.parallel.use_distributed_optimizer:
+        found = "with" if facts["use_distributed_optimizer"] else "without"
+        raise InputError(
+            f"{checkpoint.path}: the optimizer state was saved {found} the distributed optimizer: "
+            f"resume {found} --use-distributed-optimizer, {remedy}"
+        )
+    if checkpoint.format == "torch" and not _same_layout(config, checkpoint):
+        raise InputError(
+            f"{checkpoint.path}: in format torch, optimizer state resumes only at the TP {checkpoint.tensor_parallel} "
+            f"and PP {checkpoint.pipeline_parallel} that saved it: resume at those (torch_dist does at any), {remedy}"
+        )
+
+
+def refuse_other_data(start: Start, fingerprint: str) -> None:
+    """Raise InputError when a run that goes on would take up its position in other rows than it left."""
+    if start.checkpoint is not None and vars(start.checkpoint.args)["data_fingerprint"] != fingerprint:
+        raise InputError(
+            f"{start.checkpoint.path}: this run stopped after {start.progress.consumed_samples} samples of other data "
+            "than is given now (its files, their order or the seed differ): give the same, or begin anew with "
+            "--finetune and another --save"
+        )

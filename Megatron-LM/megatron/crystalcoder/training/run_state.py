@@ -1,0 +1,187 @@
+"""A run's state on disk: weights, optimizer, random state, progress.
+
+    <save>/iter_0000100/                             a checkpoint, in one of two formats
+    <save>/latest_checkpointed_iteration.txt         its iteration: written last, so it never names an unfinished one
+
+`torch_dist` is megatron-core's distributed checkpoint: any TP, PP and DP resumes from it. `torch` is one
+`mp_rank_*/model_optim_rng.pt` per model-parallel rank (and `distrib_optim.pt`, the distributed optimizer's moments):
+any TP and PP reads its weights, only the same resumes. All ranks write into one directory: nodes share a file system.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from megatron.crystalcoder import platform
+from megatron.crystalcoder.checkpoint import safe_load
+from megatron.crystalcoder.checkpoint.directory import iteration_directory, rank_file, write_tracker
+from megatron.crystalcoder.checkpoint.megatron_args import CHECKPOINT_VERSION, to_args
+from megatron.crystalcoder.training.config import TrainConfig
+from megatron.crystalcoder.training.optimizer import restore_settings
+from megatron.crystalcoder.training.resume import Progress, Start
+
+DISTRIBUTED_OPTIMIZER_FILE = "distrib_optim.pt"
+# Optimizer state is stored per parameter and whole, whatever shards held it: loadable at any TP, PP and DP.
+_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def save_run(
+    config: TrainConfig,
+    model: DistributedDataParallel,
+    optimizer: MegatronOptimizer,
+    progress: Progress,
+    *,
+    data_fingerprint: str,
+) -> None:
+    """Write <save>/iter_<iteration> under another name, rename it when it is whole, then move the tracker."""
+    assert config.save is not None
+    folder = iteration_directory(config.save, progress.iteration)
+    partial = folder.with_name(f".{folder.name}.partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    state = {
+        "args": _facts(config, progress, data_fingerprint),
+        "checkpoint_version": CHECKPOINT_VERSION,
+        "iteration": progress.iteration,
+    }
+    if config.save_format == "torch_dist":
+        _save_torch_dist(partial, state, model, optimizer)
+    else:
+        _save_torch(_rank_file(partial), state, model, optimizer)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        replaced = folder.with_name(f".{folder.name}.replaced")
+        if folder.exists():
+            os.replace(folder, replaced)
+        os.replace(partial, folder)
+        write_tracker(config.save, progress.iteration)
+        shutil.rmtree(replaced, ignore_errors=True)
+    dist.barrier()
+
+
+def load_run(start: Start, config: TrainConfig, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
+    """Restore what `start` asks for beyond the weights, which the model has already."""
+    if start.checkpoint is None:
+        return
+    folder = iteration_directory(start.checkpoint.path, start.checkpoint.iteration)
+    if start.checkpoint.format == "torch_dist":
+        _load_torch_dist(folder, start, model, optimizer)
+    else:
+        _load_torch(_rank_file(folder), start, optimizer)
+    restore_settings(optimizer, config.optimizer)
+
+
+def _facts(config: TrainConfig, progress: Progress, data_fingerprint: str) -> argparse.Namespace:
+    """The checkpoint's `args`: the model, and what resuming needs to know of the run, under Megatron-LM's names."""
+    return to_args(
+        config.model,
+        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+        dtype=torch.bfloat16 if config.bf16 else torch.float32,
+        iteration=progress.iteration,
+        consumed_train_samples=progress.consumed_samples,
+        seq_length=config.seq_length,
+        micro_batch_size=config.micro_batch_size,
+        global_batch_size=config.global_batch_size,
+        train_iters=config.train_iters,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        data_fingerprint=data_fingerprint,
+    )
+
+
+def _save_torch_dist(folder: Path, state: dict[str, Any], model: Any, optimizer: Any) -> None:
+    sharded = model.module.sharded_state_dict()
+    state["model"] = sharded
+    state["optimizer"] = optimizer.sharded_state_dict(sharded, metadata=_SHARDING)
+    state["rng_state"] = _sharded_rng(_rng())
+    dist_checkpointing.save(state, str(folder), content_metadata=_SHARDING)
+
+
+def _load_torch_dist(folder: Path, start: Start, model: Any, optimizer: Any) -> None:
+    wanted: dict[str, Any] = {}
+    if start.load_optimizer:
+        sharded = model.module.sharded_state_dict()
+        wanted["optimizer"] = optimizer.sharded_state_dict(sharded, is_loading=True, metadata=_SHARDING)
+    if start.load_rng:
+        wanted["rng_state"] = _sharded_rng(None)
+    if not wanted:
+        return
+    state = dist_checkpointing.load(wanted, str(folder))
+    if start.load_optimizer:
+        optimizer.load_state_dict(state["optimizer"])
+    if start.load_rng:
+        _set_rng(state["rng_state"])
+
+
+def _save_torch(file: Path, state: dict[str, Any], model: Any, optimizer: Any) -> None:
+    """Data-parallel rank 0 of each model-parallel rank writes; the others take part in gathering their moments."""
+    if parallel_state.get_data_parallel_rank() == 0:
+        file.parent.mkdir()
+        state["model"] = {name: x for name, x in model.module.state_dict().items() if isinstance(x, torch.Tensor)}
+        state["optimizer"] = optimizer.state_dict()
+        state["rng_state"] = _rng()
+        torch.save(state, file)
+    if state["args"].use_distributed_optimizer:
+        optimizer.save_parameter_state(str(file.with_name(DISTRIBUTED_OPTIMIZER_FILE)))
+
+
+def _load_torch(file: Path, start: Start, optimizer: Any) -> None:
+    state = safe_load.load(file)
+    if start.load_optimizer:
+        optimizer.load_state_dict(state["optimizer"])
+        if file.with_name(DISTRIBUTED_OPTIMIZER_FILE).is_file():
+            optimizer.load_parameter_state(str(file.with_name(DISTRIBUTED_OPTIMIZER_FILE)))
+    if start.load_rng:
+        _set_rng(state["rng_state"])
+
+
+def _rank_file(iteration_dir: Path) -> Path:
+    return rank_file(
+        iteration_dir,
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+
+
+def _rng() -> dict[str, Any]:
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if platform.is_cuda() else None,
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_rng(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if platform.is_cuda() and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def _sharded_rng(state: dict[str, Any] | None) -> ShardedObject:
+    """One random state per (pipeline, tensor) rank; data-parallel ranks hold replicas of it."""
+    return ShardedObject(
+        "rng_state",
+        state,
+        (
+            parallel_state.get_pipeline_model_parallel_world_size(),
+            parallel_state.get_tensor_model_parallel_world_size(),
+        ),
+        (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()),
+        replica_id=parallel_state.get_data_parallel_rank(),
+    )
