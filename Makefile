@@ -39,7 +39,7 @@ format: $(INSTALLED)
 	$(RUN)/ruff check --fix .
 
 bench: $(INSTALLED)
-	$(RUN)/python -m tools.bench
+	$(RUN)/python -m tools.bench $(BENCH)
 
 clean:
 	rm -rf $(VENV) runs logs .mypy_cache .ruff_cache .pytest_cache .hypothesis

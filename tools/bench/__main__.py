@@ -1,0 +1,26 @@
+"""`make bench [BENCH=name]`: run the benchmarks and write their tables to docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+from data_prep.errors import EXIT_BAD_INPUT
+
+BENCHES = ("data", "convert", "train")
+
+
+def main(names: list[str]) -> None:
+    """Run the named benchmarks, or all."""
+    for name in names:
+        if name not in BENCHES:
+            print(f"error: unknown benchmark '{name}': use one of {', '.join(BENCHES)}", file=sys.stderr)
+            raise SystemExit(EXIT_BAD_INPUT)
+    for name in names or BENCHES:
+        table = import_module(f"tools.bench.{name}").measure()
+        print(table.markdown(), flush=True)
+        table.write()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
