@@ -50,7 +50,9 @@ def load(path: Path) -> Any:
     if not path.is_file():
         raise InputError(f"{path}: no such file: the checkpoint is incomplete, copy it again")
     is_zip = zipfile.is_zipfile(path)  # torch before 1.6 wrote no zip files; those cannot be mapped
-    with torch.serialization.safe_globals(_ALLOWED):
+    # Leaving the context forgets what it was given, so what megatron.core has registered for good must not be in it.
+    registered = torch.serialization.get_safe_globals()
+    with torch.serialization.safe_globals([item for item in _ALLOWED if item not in registered]):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
         except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
