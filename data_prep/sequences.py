@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import sys
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -184,7 +183,7 @@ class SequenceFile:
     def _inflate(self, index: int, chunk: bytes) -> np.ndarray:
         try:
             plain = isal_zlib.decompress(chunk)
-        except zlib.error:  # which ISA-L raises too
+        except isal_zlib.error:  # type: ignore[misc]
             plain = b""
         if len(plain) != PLANES * self.max_seq_length * ROW_DTYPE.itemsize:
             raise InputError(f"{self.path}: row {index} is damaged (it does not inflate): prepare the file again")

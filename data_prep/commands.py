@@ -1,0 +1,179 @@
+"""`crystalcoder data …`: the command line of each step. What a step does is in the module that it calls."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_prep.errors import InputError, exit_on_bad_input
+from data_prep.fim import FimSettings
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+Out = Annotated[Path, typer.Option(help="Folder to write")]
+Processes = Annotated[int, typer.Option(help="Processes; the output does not depend on it")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete what --out holds from other settings")]
+TokenizerFile = Annotated[Path, typer.Option(help="tokenizer.json, SentencePiece .model, or a folder with one")]
+
+
+class OnError(StrEnum):
+    """What to do at a bad record."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+class CutLevel(StrEnum):
+    """Where FIM cuts."""
+
+    char = "char"
+    token = "token"
+
+
+def main(arguments: list[str]) -> None:
+    """Run one `crystalcoder data` command; returns when it is done.
+
+    Raises:
+        InputError: bad input.
+        SystemExit: a command line that is not understood (2).
+    """
+    try:
+        app(args=arguments, prog_name="crystalcoder data")
+    except SystemExit as done:  # typer ends so in any case
+        if done.code:
+            raise
+
+
+def run(command: str, arguments: list[str] | None = None) -> None:
+    """Run `command` from a script of its own: bad input is one line and exit code 2."""
+    with exit_on_bad_input():
+        main([command, *(sys.argv[1:] if arguments is None else arguments)])
+
+
+@app.command()
+def parquet2jsonl(
+    source: Annotated[Path, typer.Argument(help="Folder of <language>/*.parquet")],
+    out: Out,
+    processes: Processes = 1,
+    overwrite: Overwrite = False,
+) -> None:
+    """Convert parquet to JSON lines, the column `content` renamed `text`."""
+    from data_prep.parquet2jsonl import parquet_to_jsonl
+
+    _report(out, parquet_to_jsonl(_existing(source), out, processes=processes, overwrite=overwrite))
+
+
+@app.command()
+def tokenize(
+    inputs: Annotated[list[str], typer.Argument(help="Files, folders or URLs: parquet, jsonl, jsonl.zst, json, txt")],
+    out: Out,
+    tokenizer: TokenizerFile,
+    max_seq_length: Annotated[int, typer.Option(help="Positions of a sequence")] = 2048,
+    text_key: Annotated[str | None, typer.Option(help="Key of the text [text; parquet: also content]")] = None,
+    text_suffixes: Annotated[str, typer.Option(help="Files that are one document each: .py,.js")] = "",
+    fim_rate: Annotated[float, typer.Option(help="Share of documents to transform with FIM before packing")] = 0.0,
+    fim_spm_rate: Annotated[float, typer.Option(help="Share of these in the order suffix-prefix-middle")] = 0.5,
+    fim_level: Annotated[CutLevel, typer.Option(help="Cut between characters or tokens")] = CutLevel.char,
+    epochs: Annotated[int, typer.Option(help="Write the corpus so often, to OUT/epoch_<e>, with other FIM cuts")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the FIM cuts")] = 0,
+    on_error: Annotated[OnError, typer.Option(help="At a bad record: stop, or skip and list it")] = OnError.stop,
+    rows_per_file: Annotated[int, typer.Option(help="Sequences of an HDF5 file at most")] = 50_000,
+    shard_mb: Annotated[int, typer.Option(help="Input files are packed together up to about this size")] = 16,
+    processes: Processes = 1,
+    overwrite: Overwrite = False,
+) -> None:
+    """Tokenise and pack documents into sequences, with FIM per document if --fim-rate is given."""
+    from data_prep.tokenize_corpus import TokenizeOptions, tokenize_corpus
+
+    options = TokenizeOptions(
+        tokenizer=str(tokenizer),
+        max_seq_length=max_seq_length,
+        fim=FimSettings(fim_rate, fim_spm_rate, seed, fim_level.value) if fim_rate else None,
+        epochs=epochs,
+        text_key=text_key,
+        text_suffixes=tuple(filter(None, text_suffixes.split(","))),
+        on_error=on_error.value,
+        rows_per_file=rows_per_file,
+        shard_bytes=shard_mb << 20,
+    )
+    _report(out, tokenize_corpus(inputs, out, options, processes=processes, overwrite=overwrite))
+
+
+@app.command()
+def fim(
+    source: Annotated[Path, typer.Argument(help="Folder of packed sequences, *.h5")],
+    out: Out,
+    tokenizer: TokenizerFile,
+    rate: Annotated[float, typer.Option(help="Share of texts to transform")],
+    spm_rate: Annotated[float, typer.Option(help="Share of these in the order suffix-prefix-middle")] = 0.5,
+    epochs: Annotated[int, typer.Option(help="Transform the data so often, each time with other cuts")] = 1,
+    level: Annotated[CutLevel, typer.Option(help="Cut between characters or tokens")] = CutLevel.char,
+    seed: Annotated[int, typer.Option(help="Seed of the cuts")] = 0,
+    processes: Processes = 1,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fill in the middle on packed sequences: writes OUT/epoch_<e>/<input file name>."""
+    from data_prep.fim_files import fim_files
+
+    if epochs < 1:
+        raise InputError(f"--epochs {epochs}: at least 1 is needed")
+    settings = FimSettings(rate, spm_rate, seed, level.value)
+    manifest = fim_files(source, out, tokenizer, settings, epochs=epochs, processes=processes, overwrite=overwrite)
+    _report(out, manifest)
+
+
+@app.command()
+def shuffle(
+    inputs: Annotated[list[Path], typer.Argument(help="Folders or files of sequences; folders with all below them")],
+    out: Out,
+    files: Annotated[int, typer.Option(help="How many files to write: OUT/data-00000.h5 …")],
+    seed: Annotated[int, typer.Option(help="Seed of the order")] = 0,
+    processes: Processes = 1,
+    overwrite: Overwrite = False,
+) -> None:
+    """Put all sequences of all inputs into one random order."""
+    from data_prep.shuffle import shuffle as shuffle_files
+
+    manifest = shuffle_files(inputs, out, files=files, seed=seed, processes=processes, overwrite=overwrite)
+    _report(out, manifest)
+
+
+@app.command()
+def split(folders: Annotated[list[Path], typer.Argument(help="Folders of sequences")]) -> None:
+    """Split folders into halves by even and odd file number: links in DIR_part0of2 and DIR_part1of2."""
+    from data_prep.split import split_by_parity
+
+    for folder in folders:
+        for half in split_by_parity(folder):
+            print(f"{half}: {len(list(half.iterdir()))} files")
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A sequence file, or a folder")],
+    tokenizer: Annotated[Path | None, typer.Option(help="Decode samples with this tokenizer")] = None,
+    sample: Annotated[list[int] | None, typer.Option(help="Sequences of the first file to decode [0]")] = None,
+) -> None:
+    """Show layout, statistics and, with a tokenizer, decoded sequences with the loss mask in colour."""
+    from rich.console import Console
+
+    from data_prep.inspection import show
+    from data_prep.tokenizer import load_tokenizer
+
+    loaded = load_tokenizer(tokenizer) if tokenizer else None
+    show(path, loaded, samples=sample or [0], console=Console(highlight=False))
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    return path
+
+
+def _report(out: Path, manifest: dict) -> None:
+    counts = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in manifest["counts"].items())
+    print(f"{out}: {len(manifest['outputs'])} files; {counts}")

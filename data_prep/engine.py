@@ -1,0 +1,170 @@
+"""Run a step's tasks on local processes, so that it can be killed at any moment and started again.
+
+A step (tokenise, FIM, shuffle, …) is a list of independent tasks; each writes its own files under their final names
+only when they are complete, and then a record `OUT/.tasks/<name>.json` with what it counted. A relaunch skips the tasks
+that have a record and does the others from their start, so the output is the same bytes as without the interruption.
+After the last task the records become `OUT/manifest.json` (see manifest.py) and `.tasks` goes away.
+
+What a task writes depends on the task alone, so the number of processes changes nothing but the time.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_prep.errors import InputError
+from data_prep.manifest import MANIFEST, Record, fingerprint_of, finished_manifest, write_manifest
+
+TASKS = ".tasks"
+
+
+class Task(NamedTuple):
+    """One independent piece of a step: a name that is unique in it and safe as a file name, and what `work` needs."""
+
+    name: str
+    argument: Any
+
+
+Work = Callable[[Any], Record]
+
+
+def run_step(
+    step: str,
+    out: Path,
+    tasks: Sequence[Task],
+    work: Work,
+    *,
+    settings: dict[str, Any],
+    processes: int = 1,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Do `work(task.argument)` for each task and write the manifest; return it.
+
+    Args:
+        work: importable function; it returns what it counted (a `Record`).
+        settings: all that decides the output, JSON-able: options, inputs with sizes, tokenizer. A finished folder with
+            the same settings is left as it is; a half-done one is completed.
+        overwrite: delete what `out` holds from other settings.
+
+    Raises:
+        InputError: `out` holds something else; whatever `work` raises.
+    """
+    if processes < 1:
+        raise InputError(f"--processes {processes}: at least 1 is needed")
+    fingerprint = fingerprint_of(step, settings)
+    manifest = finished_manifest(out)
+    if manifest and manifest["fingerprint"] == fingerprint and not overwrite:
+        print(f"{out}: already done with these settings (--overwrite does it again)", file=sys.stderr)
+        return manifest
+    _claim(out, fingerprint, overwrite=overwrite)
+    folder = out / TASKS
+    for task in tasks:
+        (folder / task.name).parent.mkdir(parents=True, exist_ok=True)
+    to_do = [task for task in tasks if not (folder / f"{task.name}.json").exists()]
+    if len(to_do) < len(tasks):
+        print(f"{out}: {len(tasks) - len(to_do)} of {len(tasks)} tasks are done, going on", file=sys.stderr)
+    num_done = len(tasks) - len(to_do)
+    try:
+        for task, record in _results(work, to_do, processes):
+            _write_json(folder / f"{task.name}.json", record)
+            num_done += 1
+    except InputError:
+        if not num_done:
+            _leave(out)
+        raise
+    records = [json.loads((folder / f"{task.name}.json").read_bytes()) for task in tasks]
+    manifest = write_manifest(step, out, fingerprint, settings, records)
+    shutil.rmtree(folder)
+    return manifest
+
+
+def _claim(out: Path, fingerprint: str, *, overwrite: bool) -> None:
+    """Make `out` ours: empty, or half-done by the same step with the same settings."""
+    mark = out / TASKS / "settings.json"
+    if mark.exists() and json.loads(mark.read_bytes())["fingerprint"] == fingerprint and not overwrite:
+        return
+    if out.exists():
+        if not out.is_dir():
+            raise InputError(f"{out}: is a file: --out names a folder")
+        ours = mark.exists() or (out / MANIFEST).exists()
+        if any(out.iterdir()):
+            if not overwrite:
+                what = "the output of other settings" if ours else "files already"
+                raise InputError(f"{out}: holds {what}: name another --out, or --overwrite")
+            if not ours and not any(out.rglob("*.h5")):
+                # A slip in --out must not cost someone a folder.
+                raise InputError(f"{out}: holds files that are no output of this command: name another --out")
+            shutil.rmtree(out)
+    try:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        _write_json(mark, {"fingerprint": fingerprint})
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror}): choose another --out") from None
+
+
+def _leave(out: Path) -> None:
+    """Give `out` up before anything was done in it, so that a corrected command may use it."""
+    shutil.rmtree(out / TASKS)
+    for folder in sorted((p for p in out.rglob("*") if p.is_dir()), reverse=True):
+        with suppress(OSError):  # not empty
+            folder.rmdir()
+    with suppress(OSError):
+        out.rmdir()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value))
+    os.replace(partial, path)
+
+
+def _results(work: Work, tasks: list[Task], processes: int) -> Iterator[tuple[Task, Record]]:
+    """(task, its record) as they get done; the first error ends the rest."""
+    if processes == 1 or len(tasks) < 2:
+        for task in tasks:
+            yield task, work(task.argument)
+        return
+    # Spawned, not forked: the parent may hold threads (tokenizers, HDF5) whose locks a fork would copy.
+    context = multiprocessing.get_context("spawn")
+    with _one_thread_each(), ProcessPoolExecutor(min(processes, len(tasks)), mp_context=context) as pool:
+        waiting = list(reversed(tasks))
+        running: dict[Future[Record], Task] = {}
+        try:
+            while True:
+                # A short queue: what was not started is not done after an error.
+                while waiting and len(running) < 2 * processes:
+                    task = waiting.pop()
+                    running[pool.submit(work, task.argument)] = task
+                if not running:
+                    return
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield running.pop(future), future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Worker processes use one thread each: more threads than cores only wait for each other."""
+    names = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,103 @@
+"""The audit of a step: `manifest.json` beside its output says what went in, with which options, and what came out.
+
+A task's `Record` is {"inputs": […], "outputs": {file: rows}, "counts": {…}, "faults": […]}; the manifest adds them up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import InputError
+
+MANIFEST = "manifest.json"
+REJECTS = "rejects.jsonl"
+FORMAT = 1
+
+Record = dict[str, Any]
+
+
+def record(
+    *,
+    inputs: Sequence[str] = (),
+    outputs: dict[str, int] | None = None,
+    counts: dict[str, int] | None = None,
+    faults: Iterable[Any] = (),
+) -> Record:
+    """What one task did: the inputs it read, files it wrote with their rows, its counts, the records it left out."""
+    rejects = [{"file": f.path, "place": f.place, "reason": f.reason} for f in faults]
+    return {"inputs": list(inputs), "outputs": outputs or {}, "counts": counts or {}, "faults": rejects}
+
+
+def fingerprint_of(step: str, settings: dict[str, Any]) -> str:
+    """One hash of all that decides a step's output."""
+    plain = json.dumps([FORMAT, step, settings], sort_keys=True, default=str)
+    return hashlib.blake2b(plain.encode(), digest_size=16).hexdigest()
+
+
+def input_identity(path: str | Path) -> dict[str, Any]:
+    """An input as the settings name it: path and size. A changed size makes the step start over."""
+    text = str(path)
+    return {"path": text, "bytes": None if "://" in text else os.path.getsize(text)}
+
+
+def finished_manifest(out: Path) -> dict[str, Any] | None:
+    """The manifest of a finished step, None where there is none.
+
+    Raises:
+        InputError: it is there and damaged.
+    """
+    path = out / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_bytes())
+        manifest["fingerprint"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: is not a manifest: delete it, or --overwrite the folder") from None
+    return manifest
+
+
+def write_manifest(
+    step: str,
+    out: Path,
+    fingerprint: str,
+    settings: dict[str, Any],
+    records: Sequence[Record],
+) -> dict[str, Any]:
+    """Add up the tasks' records and write `out/manifest.json` (and `rejects.jsonl`, if records were left out).
+
+    Nothing in it depends on when or how fast the step ran: the same input gives the same bytes.
+    """
+    counts: Counter[str] = Counter()
+    outputs: dict[str, int] = {}
+    faults = []
+    for task in records:
+        counts.update(task["counts"])
+        outputs.update(task["outputs"])
+        faults.extend(task["faults"])
+    manifest = {
+        "step": step,
+        "format": FORMAT,
+        "fingerprint": fingerprint,
+        "settings": settings,
+        "versions": {name: version(name) for name in ("crystalcoder", "numpy", "h5py", "tokenizers")},
+        "counts": dict(sorted(counts.items())) | {"rejected": len(faults)},
+        "outputs": dict(sorted(outputs.items())),
+    }
+    if faults:
+        _write(out / REJECTS, "".join(json.dumps(fault) + "\n" for fault in faults))
+    _write(out / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    return manifest
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)

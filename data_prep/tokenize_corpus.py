@@ -1,0 +1,207 @@
+"""The step from text to sequences: read documents, tokenise, FIM if asked for, pack, write.
+
+The sorted input files are cut into shards by size alone; each shard is packed by itself into `OUT/examples_<k>_<s>.h5`
+(k the file number within shard s). A shard is one task of the engine, so the output is the same for any number of
+processes, and a relaunch goes on where the last one stopped. The end of each shard is one padded sequence.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from data_prep.engine import Task, run_step
+from data_prep.errors import InputError
+from data_prep.fim import Draws, FimSettings, fim_document
+from data_prep.manifest import Record, input_identity, record
+from data_prep.packing import Packer
+from data_prep.sequences import SequenceWriter
+from data_prep.sources import FaultPolicy, Source, discover, read_documents
+from data_prep.streams import is_url
+from data_prep.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class TokenizeOptions:
+    """All that decides what the sequences are.
+
+    Attributes:
+        max_seq_length: positions of a sequence, L.
+        fim: per-document FIM; None for none. Its chance is keyed by (seed, epoch, input file, document).
+        epochs: how often the corpus is written, each time with other FIM draws, to OUT/epoch_<e>; 0: once, to OUT.
+        rows_per_file: sequences of one HDF5 file at most.
+        shard_bytes: input files are grouped into shards of about this size (one file is never cut).
+    """
+
+    tokenizer: str
+    max_seq_length: int
+    fim: FimSettings | None = None
+    epochs: int = 0
+    text_key: str | None = None
+    text_suffixes: tuple[str, ...] = ()
+    on_error: Literal["stop", "skip"] = "stop"
+    rows_per_file: int = 50_000
+    shard_bytes: int = 16 << 20
+
+    def __post_init__(self) -> None:
+        if self.max_seq_length < 2:
+            raise InputError(f"--max-seq-length {self.max_seq_length}: at least 2 is needed")
+        if self.rows_per_file < 1:
+            raise InputError(f"--rows-per-file {self.rows_per_file}: at least 1 is needed")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One task: these files, in this order, to these output files."""
+
+    options: TokenizeOptions
+    sources: tuple[Source, ...]
+    out: str
+    folder: str  # "" or "epoch_<e>"
+    number: int
+    epoch: int
+
+
+def tokenize_corpus(
+    inputs: list[str], out: Path, options: TokenizeOptions, *, processes: int = 1, overwrite: bool = False
+) -> dict[str, Any]:
+    """Tokenise and pack the files of `inputs` into `out`; the manifest.
+
+    Raises:
+        InputError: bad input, with file and place (unless `options.on_error` is "skip").
+    """
+    tokenizer = load_tokenizer(options.tokenizer)
+    if options.fim:
+        _ = tokenizer.fim_ids
+    sources = discover(inputs, options.text_suffixes)
+    found = replace(options, tokenizer=str(tokenizer.path))
+    shards = [
+        Shard(found, group, str(out), f"epoch_{epoch}" if options.epochs else "", number, epoch)
+        for epoch in range(max(1, options.epochs))
+        for number, group in enumerate(group_by_size(sources, options.shard_bytes))
+    ]
+    settings = asdict(options) | {
+        "tokenizer": tokenizer.fingerprint,
+        "inputs": [{"name": source.name, **input_identity(source.path)} for source in sources],
+    }
+    tasks = [Task(f"{shard.folder or 'shard'}_{shard.number}", shard) for shard in shards]
+    return run_step("tokenize", out, tasks, tokenize_shard, settings=settings, processes=processes, overwrite=overwrite)
+
+
+def group_by_size(sources: list[Source], shard_bytes: int) -> Iterator[tuple[Source, ...]]:
+    """Consecutive files in groups that end when they reach `shard_bytes`; a URL, of unknown size, stands alone."""
+    group: list[Source] = []
+    size = 0
+    for source in sources:
+        group.append(source)
+        size += shard_bytes if is_url(source.path) else os.path.getsize(source.path)
+        if size >= shard_bytes:
+            yield tuple(group)
+            group, size = [], 0
+    if group:
+        yield tuple(group)
+
+
+def tokenize_shard(shard: Shard) -> Record:
+    """Do one shard: what the engine's processes run."""
+    options = shard.options
+    tokenizer = _tokenizer(options.tokenizer)
+    faults = FaultPolicy(options.on_error)
+    counts: Counter[str] = Counter()
+    packer = Packer(options.max_seq_length, tokenizer.eos_id)
+
+    def rows() -> Iterator[np.ndarray]:
+        for ids in encoded_documents(shard, tokenizer, faults, counts):
+            completed = packer.add(ids)
+            if len(completed):
+                yield completed
+        yield packer.finish()
+
+    outputs = write_rows(
+        rows(),
+        lambda k: Path(shard.out, shard.folder, f"examples_{k}_{shard.number}.h5"),
+        options.max_seq_length,
+        options.rows_per_file,
+        counts,
+    )
+    names = {Path(path).relative_to(shard.out).as_posix(): count for path, count in outputs.items()}
+    return record(inputs=[s.name for s in shard.sources], outputs=names, counts=dict(counts), faults=faults.faults)
+
+
+def encoded_documents(
+    shard: Shard, tokenizer: Tokenizer, faults: FaultPolicy, counts: Counter[str]
+) -> Iterator[np.ndarray]:
+    """Each document of the shard as BOS, ids, EOS; an empty one is counted and left out."""
+    options = shard.options
+    for source in shard.sources:
+        for document in read_documents(source.path, faults, options.text_key):
+            counts["documents_read"] += 1
+            if not document.text:
+                counts["documents_empty"] += 1
+                continue
+            if options.fim:
+                draws = Draws.of(options.fim.seed, shard.epoch, source.name, document.number)
+                ids = fim_document(document.text, tokenizer, options.fim, draws)
+                counts["documents_fim"] += draws.whether < options.fim.rate
+            else:
+                ids = tokenizer.encode(document.text)
+            counts["documents"] += 1
+            counts["characters"] += len(document.text)
+            counts["tokens"] += len(ids) + 2
+            yield np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.int32)
+
+
+def write_rows(
+    batches: Iterator[np.ndarray],
+    path_of: Any,
+    max_seq_length: int,
+    rows_per_file: int,
+    counts: Counter[str],
+) -> dict[str, int]:
+    """Write rows to `path_of(0)`, `path_of(1)`, … of at most `rows_per_file` each; path -> rows.
+
+    A file takes its name when it is complete. Without any row there is no file.
+    """
+    outputs: dict[str, int] = {}
+    writer: SequenceWriter | None = None
+
+    def finish(done: SequenceWriter) -> None:
+        done.close()
+        outputs[str(done.path)] = done.num_rows
+
+    try:
+        for batch in batches:
+            counts["sequences"] += len(batch)
+            counts["padding"] += int((batch[:, 1] == 0).sum())
+            while len(batch):
+                if writer is None:
+                    writer = SequenceWriter(path_of(len(outputs)), max_seq_length)
+                room = rows_per_file - writer.num_rows
+                writer.write(batch[:room])
+                batch = batch[room:]
+                if writer.num_rows == rows_per_file:
+                    finish(writer)
+                    writer = None
+        if writer:
+            finish(writer)
+            writer = None
+    finally:
+        if writer:
+            writer.discard()
+    return outputs
+
+
+_loaded: dict[str, Tokenizer] = {}
+
+
+def _tokenizer(path: str) -> Tokenizer:
+    """The tokenizer, loaded once in each process."""
+    if path not in _loaded:
+        _loaded[path] = load_tokenizer(path)
+    return _loaded[path]
