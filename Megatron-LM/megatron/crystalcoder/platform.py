@@ -174,9 +174,10 @@ class GroupStepAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         bias_correction: bool = True,
+        adam_w_mode: bool = True,
     ) -> None:
-        if not bias_correction:
-            raise ValueError("GroupStepAdamW always corrects the bias")
+        if not (bias_correction and adam_w_mode):
+            raise ValueError("GroupStepAdamW always corrects the bias and decouples the decay")
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": True}
         )
