@@ -19,9 +19,8 @@ import typer
 from data_prep.errors import InputError, exits_on_bad_input
 
 from . import tokenization_crystalcoder_fast as code
-from .tokenization_crystalcoder_fast import BOS, CHAT_TEMPLATE, EOS, SPECIAL_TOKENS, UNK
+from .tokenization_crystalcoder_fast import BOS, CHAT_TEMPLATE, EOS, SPECIAL_TOKENS, UNK, WORD_START
 
-WORD_START = "\u2581"
 LLAMA_LINE_SEPARATOR = 31353  # id of the piece U+2028 in LLaMA's vocabulary
 # Spaces become word-start marks, and each stretch of text between special tokens gets one in front.
 NORMALIZER = {

@@ -36,6 +36,7 @@ SPECIAL_TOKENS = (
     "<|sys_end|>",
 )
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
+WORD_START = "\u2581"  # stands for a space, and in front of every text
 
 # A rendered conversation is one string, in which a control token that a speaker spells out would be read as the real
 # one. So the template breaks such a spelling with a zero-width space; `encode_chat` needs no such change.
@@ -117,15 +118,22 @@ class CrystalCoderTokenizerFast(PreTrainedTokenizerFast):
             ids += self._ids(EOS)
         return ids
 
-    def encode_infill(self, prefix: str, suffix: str) -> list[int]:
-        """Ids that ask for the text between `prefix` and `suffix`: PREFIX prefix SUFFIX suffix MIDDLE."""
-        return [
-            *self._ids("<|fim_prefix|>"),
-            *self.encode_text(prefix),
-            *self._ids("<|fim_suffix|>"),
-            *self.encode_text(suffix),
-            *self._ids("<|fim_middle|>"),
-        ]
+    def encode_inside(self, text: str) -> list[int]:
+        """Ids of text that stands inside a document: `encode_text` without the word-start mark in front."""
+        return [token.id for token in self.backend_tokenizer.model.tokenize(text.replace(" ", WORD_START))]
+
+    def encode_infill(self, prefix: str, suffix: str, *, published: bool = False) -> list[int]:
+        """Ids that ask for the text between `prefix` and `suffix`; the model's answer ends with </s>.
+
+        published: False for models that this project's data preparation trained,
+                <s> PREFIX prefix SUFFIX suffix MIDDLE       with a word-start mark before the prefix only;
+            True for the published weights, which saw each part encoded as a text of its own,
+                PREFIX prefix SUFFIX suffix MIDDLE           with a word-start mark before each part, the answer too.
+        """
+        start = [] if published else self._ids(BOS)
+        after = self.encode_text(suffix) if published else self.encode_inside(suffix)
+        fim_prefix, fim_suffix, fim_middle = self._ids("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+        return [*start, fim_prefix, *self.encode_text(prefix), fim_suffix, *after, fim_middle]
 
     def _ids(self, *tokens: str) -> list[int]:
         ids = self.convert_tokens_to_ids(list(tokens))

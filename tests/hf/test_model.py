@@ -21,7 +21,9 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 2e-5) -> bool:
 
 @pytest.mark.parametrize("attention", IMPLEMENTATIONS)
 def test_logits_and_gradients_follow_the_formulas(own_model: Any, tokens: torch.Tensor, attention: str) -> None:
-    """Each planted mistake fails: PLANTED."""
+    """Planted: half-split rotary, 1/sqrt(d), gate and linear swapped, only their biases swapped, bf16 rotary angles, an
+    untied head (its gradient misses the output side): each fails.
+    """
     own_model.set_attn_implementation(attention)
     weights = {name: w.double().requires_grad_() for name, w in random_weights(TINY, seed=1).items()}
     expected = reference_logits(weights, TINY, tokens)
@@ -70,8 +72,8 @@ def test_the_cache_changes_nothing(own_model: Any, tokens: torch.Tensor, attenti
 def test_padding_changes_nothing(own_model: Any, tokens: torch.Tensor, attention: str, side: str) -> None:
     """Rows of 40, 23 and 9 tokens in one batch have the logits that they have alone, as whole and with a cache.
 
-    Planted: positions from 0 whatever the mask -> still passes (rotary is relative), so the positions are asserted
-    in `test_positions_count_unmasked_tokens`; the mask dropped -> max abs 9, fails.
+    Planted: the mask dropped -> fails for left padding. Positions from 0 whatever the mask -> passes, as rotary is
+    relative: `test_positions_count_unmasked_tokens` is there for that.
     """
     own_model.set_attn_implementation(attention)
     padded, mask = torch.zeros_like(tokens), torch.zeros_like(tokens)
@@ -89,7 +91,10 @@ def test_padding_changes_nothing(own_model: Any, tokens: torch.Tensor, attention
 
 
 def test_positions_count_unmasked_tokens(own_model: Any, tokens: torch.Tensor) -> None:
-    """The positions that the layers get, from a mask, from a cache, and as given."""
+    """The positions that the layers get, from a mask, from a cache, and as given.
+
+    Planted: positions from 0 whatever the mask -> fails.
+    """
     seen = []
     own_model.transformer.h[0].register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["position_ids"].tolist()), with_kwargs=True
