@@ -1,0 +1,169 @@
+"""Pretraining from a params.yaml, on this rank: what `crystalcoder pretrain` and pretrain_crystalcoder.py run.
+
+Under torchrun (or any launcher that sets its environment variables) this is one rank of a job; alone it is all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+from data_prep.errors import InputError, exit_on_bad_input
+from megatron.crystalcoder import platform  # before megatron.core: it answers the questions about CUDA asked on import
+from megatron.crystalcoder.data.loader import open_data
+from megatron.crystalcoder.data.mixture import MixtureOrder
+from megatron.crystalcoder.model.config import ParallelConfig
+from megatron.crystalcoder.training.config import TrainConfig
+from megatron.crystalcoder.training.params import Params, load_params
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (--help lists the arguments)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of both commands."""
+    top = _Parser(prog="crystalcoder pretrain", description="Pretrain from a params.yaml.", allow_abbrev=False)
+    top.add_argument("--params", type=Path, required=True, help="the YAML file: params/phase1/params.yaml, ...")
+    top.add_argument(
+        "--model_dir", "--model-dir", type=Path, help="checkpoints and metrics go here; a run found here is continued"
+    )
+    top.add_argument(
+        "--checkpoint_path",
+        "--checkpoint-path",
+        type=Path,
+        help="weights to begin with: a Megatron or Hugging Face directory",
+    )
+    top.add_argument("--data_root", "--data-root", type=Path, help="what relative data directories are relative to")
+    top.add_argument("--mode", choices=("train", "eval", "train_and_eval"), help="default: runconfig.mode")
+    top.add_argument("--tp", "--tensor-model-parallel-size", type=int, default=1, help="tensor-parallel ranks")
+    top.add_argument("--pp", "--pipeline-model-parallel-size", type=int, default=1, help="pipeline stages")
+    top.add_argument(
+        "--sequence-parallel", action="store_true", help="split activations over the tensor-parallel ranks too"
+    )
+    top.add_argument(
+        "--use-distributed-optimizer", action="store_true", help="shard Adam's state over data-parallel ranks"
+    )
+    top.add_argument(
+        "--recompute-granularity", choices=("selective", "full"), help="recompute activations, to save memory"
+    )
+    top.add_argument(
+        "--micro-batch-size", type=int, help="default: the largest of at most 4,096 tokens that divides the batch"
+    )
+    top.add_argument("--nproc", type=int, help="ranks to start on this machine; default: --tp x --pp")
+    top.add_argument("overrides", nargs="*", metavar="key.path=value", help="put in place of the file's values")
+    return top
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Params]:
+    """The arguments, and the file they name with their overrides. Raises InputError on anything wrong."""
+    options = parser().parse_intermixed_args(arguments)
+    for name in ("tp", "pp", "micro_batch_size", "nproc"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    params = load_params(options.params, options.overrides)
+    if (options.mode or "train") != "train" and params.values.eval_input is None:
+        raise InputError(f"{options.params}: --mode {options.mode} needs an eval_input section: add one")
+    return options, params
+
+
+def train_config(options: argparse.Namespace, params: Params, world_size: int) -> TrainConfig:
+    """The run of `world_size` ranks that arguments and file describe."""
+    model_parallel = options.tp * options.pp
+    return params.train_config(
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=options.tp,
+            pipeline_model_parallel_size=options.pp,
+            sequence_parallel=options.sequence_parallel and options.tp > 1,
+            use_distributed_optimizer=options.use_distributed_optimizer,
+            recompute=options.recompute_granularity or "none",
+        ),
+        dp_size=max(1, world_size // model_parallel),
+        micro_batch_size=options.micro_batch_size,
+        mode=options.mode,
+        model_dir=options.model_dir,
+        checkpoint_path=options.checkpoint_path,
+        data_root=options.data_root,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one rank. Exit codes: 2 bad input, 1 the run diverged, 143 a SIGTERM was answered by saving."""
+    with exit_on_bad_input():
+        options, params = parse(sys.argv[1:] if arguments is None else arguments)
+        config = train_config(options, params, int(os.environ.get("WORLD_SIZE", "1")))
+        platform.initialize()
+        if (options.mode or params.values.runconfig.mode) == "eval":
+            _evaluate(config)
+        else:
+            _train(config, params)
+        platform.shutdown()
+
+
+def _train(config: TrainConfig, params: Params) -> None:
+    from megatron.crystalcoder.checkpoint.random_init import RandomWeights
+    from megatron.crystalcoder.training.loop import EXIT_INTERRUPTED, NonFiniteError, train
+
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(describe(config, params), flush=True)
+    try:
+        result = train(config, initial_weights=RandomWeights(config.model, params.init_settings(), params.init_seed))
+    except NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+    if result.interrupted:
+        raise SystemExit(EXIT_INTERRUPTED)
+
+
+def _evaluate(config: TrainConfig) -> None:
+    """Print the loss of each evaluation set and their mean: of `checkpoint_path`, or else of the run in `model_dir`."""
+    import torch.distributed as dist
+
+    from megatron.crystalcoder.training.evaluation import evaluate, open_evaluation_sets
+    from megatron.crystalcoder.training.loop import build, check_sizes
+    from megatron.crystalcoder.training.resume import find_start
+
+    config = replace(config, load=config.load or config.save, save=None, load_optimizer=False, load_rng=False)
+    check_sizes(config)
+    platform.initialize_model_parallel(config.parallel, config.seed)
+    sets = open_evaluation_sets(config)
+    model, _ = build(config, find_start(config))
+    losses = evaluate(model, sets, config)
+    if dist.get_rank() == 0:
+        print(json.dumps({"lm_loss": losses, "mean": sum(losses.values()) / len(losses)}), flush=True)
+
+
+def describe(config: TrainConfig, params: Params) -> str:
+    """What is about to run: the model, the tokens, the keys that change nothing, and how often each dataset is seen."""
+    model, batch = config.model, config.global_batch_size * config.seq_length
+    lines = [
+        f"{params.file.path}: {model.num_parameters:,} parameters, {config.train_iters:,} steps of {batch:,} tokens "
+        f"= {config.train_iters * batch:,} tokens"
+    ]
+    idle = params.without_effect()
+    if idle:
+        lines.append(f"accepted, but without effect outside CS-2: {', '.join(idle)}")
+    rows, order = open_data(config.data, seq_length=config.seq_length, vocab_size=model.vocab_size)
+    samples = config.train_iters * config.global_batch_size
+    lines.append(f"data: {len(rows):,} rows; the run takes {samples:,} samples")
+    if isinstance(order, MixtureOrder):
+        entries = [entry for entry in config.data.mixture if entry.weight > 0]
+        for entry, source, count in zip(entries, order.sources, order.counts, strict=True):
+            drawn = samples * count / sum(order.counts)
+            lines.append(
+                f"  {entry.data_dir}: {count / sum(order.counts):.2%} of the samples, {source.num_rows:,} rows "
+                f"seen {drawn / source.num_rows:.2f} times"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
