@@ -56,7 +56,8 @@ def measure() -> Table:
         "train",
         "Training step",
         f"{MODEL.num_parameters / 1e6:.0f}M parameters, sequence {SEQUENCE}, global batch {GLOBAL_BATCH} in "
-        f"micro-batches of {MICRO_BATCH}, fp32, {torch.get_num_threads()} threads, one rank; best of {ROUNDS} steps, taken in turn.",
+        f"micro-batches of {MICRO_BATCH}, fp32, {torch.get_num_threads()} threads, one rank; "
+        f"best of {ROUNDS} steps, taken in turn.",
         ("way", "s / step", "tokens / s", "ratio to plain", "loss at the last step"),
         [
             (name, f"{s:.3f}", f"{tokens / s:,.0f}", f"{s / base:.2f}", f"{losses[name][-1]:.5f}")
