@@ -25,7 +25,7 @@ import numpy as np
 from data_prep.errors import InputError
 from data_prep.packing import padded_row, stream_of
 from data_prep.token_cuts import TokenCuts
-from data_prep.tokenizer import META, FimIds, Tokenizer
+from data_prep.tokenizer import FimIds, Tokenizer
 
 Level = Literal["char", "token"]
 
@@ -67,37 +67,38 @@ class Draws(NamedTuple):
         return min(first, second), max(first, second)
 
 
-def fim_document(text: str, tokenizer: Tokenizer, settings: FimSettings, draws: Draws) -> list[int]:
+def fim_document(text: str, tokenizer: Tokenizer, settings: FimSettings, draws: Draws) -> np.ndarray:
     """Ids of a whole document (without BOS and EOS), transformed if the draw says so; an empty text never is."""
     if not text or draws.whether >= settings.rate:
-        return tokenizer.encode(text)
+        return tokenizer.encode_array(text)
     if settings.level == "token":
-        ids = tokenizer.encode(text)
+        ids = tokenizer.encode_array(text)
         a, b = draws.cuts(len(ids))
-        parts: Sequence[list[int]] = (ids[:a], ids[a:b], ids[b:])
+        parts = [ids[:a], ids[a:b], ids[b:]]
     else:
         a, b = draws.cuts(len(text))
         texts = [text[:a], text[a:b], text[b:]]
         first = next(i for i, part in enumerate(texts) if part)
-        texts[first] = META + texts[first]
+        texts[first] = " " + texts[first]
         parts = [tokenizer.encode_inside(part) for part in texts]
     return arrange(*parts, fim=tokenizer.fim_ids, is_spm=draws.order < settings.spm_rate)
 
 
-def arrange(prefix: list[int], middle: list[int], suffix: list[int], *, fim: FimIds, is_spm: bool) -> list[int]:
+def arrange(prefix: np.ndarray, middle: np.ndarray, suffix: np.ndarray, *, fim: FimIds, is_spm: bool) -> np.ndarray:
     """The three parts with their marks in the order PSM or SPM."""
+    pre, suf, mid = (np.array([mark], np.int32) for mark in (fim.prefix, fim.suffix, fim.middle))
     if is_spm:
-        return [fim.prefix, fim.suffix, *suffix, fim.middle, *prefix, *middle]
-    return [fim.prefix, *prefix, fim.suffix, *suffix, fim.middle, *middle]
+        return np.concatenate([pre, suf, suffix, mid, prefix, middle])
+    return np.concatenate([pre, prefix, suf, suffix, mid, middle])
 
 
-def undo(ids: Sequence[int], fim: FimIds) -> list[int]:
+def undo(ids: Sequence[int] | np.ndarray, fim: FimIds) -> list[int]:
     """The ids of a text (no BOS, no EOS) in the text's order; a text without marks is returned as it is.
 
     Raises:
         ValueError: marks missing, doubled or out of order.
     """
-    ids = list(ids)
+    ids = [int(token) for token in ids]
     marks = [i for i, token in enumerate(ids) if token in (fim.prefix, fim.middle, fim.suffix)]
     if not marks:
         return ids
@@ -197,8 +198,7 @@ class RowFim:
             a, b = draws.cuts(self._cuts.count(body) - dummy)
             before, suffix = self._cuts.split(body, b + dummy if b else 0)
             prefix, middle = self._cuts.split(before, a + dummy if a else 0)
-        fim, is_spm = self.tokenizer.fim_ids, draws.order < self.settings.spm_rate
-        marks = [np.array([mark], text.dtype) for mark in (fim.prefix, fim.suffix, fim.middle)]
-        if is_spm:
-            return np.concatenate([text[:has_bos], marks[0], marks[1], suffix, marks[2], prefix, middle])
-        return np.concatenate([text[:has_bos], marks[0], prefix, marks[1], suffix, marks[2], middle])
+        is_spm = draws.order < self.settings.spm_rate
+        return np.concatenate(
+            [text[:has_bos], arrange(prefix, middle, suffix, fim=self.tokenizer.fim_ids, is_spm=is_spm)]
+        )

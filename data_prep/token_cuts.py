@@ -1,18 +1,15 @@
 """Where a text's token ids may be cut without changing how either side is tokenised, and cutting anywhere else.
 
-BPE merges two neighbours only if the merged piece is in the vocabulary. So if no piece holds the characters x and y
-next to each other, no piece ever spans an x|y in a text, and the ids of the whole are the ids of the left followed by
-the ids of the right: x|y is a *seam*. Byte pieces never merge, so both their sides are seams. Which pairs are seams is
-read off the vocabulary, never guessed.
+Tokens never cross a *seam*, a pair of characters that stands side by side in no piece (see piece_cache.py); byte pieces
+never merge, so both their sides are seams too.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 
-from data_prep.tokenizer import BYTE_PIECE, META, Tokenizer
+from data_prep.piece_cache import META
+from data_prep.tokenizer import Tokenizer
 
 
 class TokenCuts:
@@ -20,31 +17,21 @@ class TokenCuts:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        controls = set(tokenizer.controls.values())
-        self._is_plain = [
-            number not in controls and not BYTE_PIECE.match(piece) for number, piece in enumerate(tokenizer.pieces)
-        ]
-        self._inner_pairs = {
-            pair
-            for piece, is_plain in zip(tokenizer.pieces, self._is_plain, strict=True)
-            if is_plain
-            for pair in pairwise(piece)
-        }
+        special = {*tokenizer.controls.values(), *tokenizer.byte_ids}
+        self._is_plain = [number not in special for number in range(tokenizer.vocab_size)]
         # Characters of each id. A byte piece counts if it begins a character: one whose first byte lies before the
         # text (a sequence may start in the middle of a character) is never split and moves with what is before it.
-        self.characters = np.zeros(tokenizer.vocab_size, np.int64)
-        for number, piece in enumerate(tokenizer.pieces):
-            if byte := BYTE_PIECE.match(piece):
-                self.characters[number] = int(byte[1], 16) & 0xC0 != 0x80
-            elif self._is_plain[number]:
-                self.characters[number] = len(piece)
+        lengths = [len(piece) if plain else 0 for piece, plain in zip(tokenizer.pieces, self._is_plain, strict=True)]
+        self.characters = np.array(lengths)
+        for number, byte in tokenizer.byte_ids.items():
+            self.characters[number] = byte & 0xC0 != 0x80
 
     def is_seam(self, left: int, right: int) -> bool:
         """Whether the ids `left`, `right` next to each other are tokenised independently of each other."""
         if not (self._is_plain[left] and self._is_plain[right]):
             return True
         pieces = self._tokenizer.pieces
-        return (pieces[left][-1:], pieces[right][:1]) not in self._inner_pairs
+        return (pieces[left][-1:], pieces[right][:1]) not in self._tokenizer.inner_pairs
 
     def count(self, ids: np.ndarray) -> int:
         """Characters of a text's ids."""
@@ -76,6 +63,6 @@ class TokenCuts:
         offset = position - (int(ends[left - 1]) if left else 0)
         before, after = map(self._tokenizer.encode_inside, (region[:offset], region[offset:]))
         return (
-            np.concatenate([ids[:left], np.array(before, ids.dtype)]),
-            np.concatenate([np.array(after, ids.dtype), ids[right + 1 :]]),
+            np.concatenate([ids[:left], before]),
+            np.concatenate([after, ids[right + 1 :]]),
         )

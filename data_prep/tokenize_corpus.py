@@ -139,6 +139,7 @@ def encoded_documents(
 ) -> Iterator[np.ndarray]:
     """Each document of the shard as BOS, ids, EOS; an empty one is counted and left out."""
     options = shard.options
+    begin, end = np.array([tokenizer.bos_id], np.int32), np.array([tokenizer.eos_id], np.int32)
     for source in shard.sources:
         for document in read_documents(source.path, faults, options.text_key):
             counts["documents_read"] += 1
@@ -150,11 +151,11 @@ def encoded_documents(
                 ids = fim_document(document.text, tokenizer, options.fim, draws)
                 counts["documents_fim"] += draws.whether < options.fim.rate
             else:
-                ids = tokenizer.encode(document.text)
+                ids = tokenizer.encode_array(document.text)
             counts["documents"] += 1
             counts["characters"] += len(document.text)
             counts["tokens"] += len(ids) + 2
-            yield np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.int32)
+            yield np.concatenate([begin, ids, end])
 
 
 def write_rows(

@@ -21,8 +21,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from data_prep.errors import InputError
+from data_prep.piece_cache import META, PieceCache, inner_pairs, word_pattern
 
-META = "▁"
 # The tokens that code corpora add, in the order of their ids after the 32,000 of LLaMA's vocabulary (32000 … 32017).
 CODE_TOKENS = (
     "fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "filename", "gh_stars", "issue_start", "issue_comment",
@@ -46,7 +46,7 @@ class FimIds:
 class Encoder(Protocol):
     """What turns texts into ids: no control tokens, nothing put in front."""
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+    def encode(self, text: str) -> list[int]: ...
 
 
 class Tokenizer:
@@ -58,11 +58,15 @@ class Tokenizer:
         bos_id, eos_id: begin and end of a document.
     """
 
-    def __init__(self, path: Path, pieces: list[str], controls: dict[str, int], encoder: Encoder) -> None:
+    def __init__(
+        self, path: Path, pieces: list[str], controls: dict[str, int], encoder: Encoder, *, is_bpe: bool
+    ) -> None:
         self.path = path
         self.pieces = pieces
         self.controls = controls
         self._encoder = encoder
+        pattern = word_pattern(self.inner_pairs) if is_bpe and len(self.byte_ids) == 256 else None
+        self._cache = PieceCache(pattern, encoder.encode) if pattern else None
         self.bos_id = self._required("<s>")
         self.eos_id = self._required("</s>")
 
@@ -75,6 +79,17 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """One more than the largest id, control tokens included."""
         return len(self.pieces)
+
+    @cached_property
+    def byte_ids(self) -> dict[int, int]:
+        """Id of a byte piece -> its byte."""
+        return {number: int(byte[1], 16) for number, p in enumerate(self.pieces) if (byte := BYTE_PIECE.match(p))}
+
+    @cached_property
+    def inner_pairs(self) -> set[tuple[str, str]]:
+        """The pairs of characters that some piece holds side by side (see piece_cache.py)."""
+        special = {*self.controls.values(), *self.byte_ids}
+        return inner_pairs(piece for number, piece in enumerate(self.pieces) if number not in special)
 
     def token_id(self, name: str) -> int | None:
         """Id of the control token `name` ("<|im_start|>"), None if the tokenizer has none."""
@@ -95,15 +110,22 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a whole text: no begin, no end, no control tokens; "" gives []."""
-        return self.encode_batch([text])[0]
+        ids: list[int] = self.encode_array(text).tolist()
+        return ids
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """`encode` of each text, on as many threads as the `tokenizers` library may use."""
-        return self._encoder.encode_batch([META + text if text else "" for text in texts])
+    def encode_array(self, text: str) -> np.ndarray:
+        """`encode` as a read-only int32 array (n,)."""
+        return self.encode_inside(" " + text) if text else np.empty(0, np.int32)
 
-    def encode_inside(self, text: str) -> list[int]:
+    def encode_inside(self, text: str) -> np.ndarray:
         """Ids of a text that stands inside a document: nothing is put in front, so parts decode to just their text."""
-        return self._encoder.encode_batch([text])[0]
+        if self._cache:
+            return self._cache.encode(text)
+        return np.array(self.encode_uncached(text), np.int32)
+
+    def encode_uncached(self, text: str) -> list[int]:
+        """`encode_inside` by the tokenizer alone: what the cache's ids are equal to."""
+        return self._encoder.encode(text)
 
     @cached_property
     def piece_bytes(self) -> list[bytes]:
@@ -111,11 +133,12 @@ class Tokenizer:
         controls = set(self.controls.values())
         table = []
         for number, piece in enumerate(self.pieces):
-            byte = BYTE_PIECE.match(piece)
             if number in controls:
                 table.append(piece.encode())
+            elif number in self.byte_ids:
+                table.append(bytes([self.byte_ids[number]]))
             else:
-                table.append(bytes([int(byte[1], 16)]) if byte else piece.replace(META, " ").encode())
+                table.append(piece.replace(META, " ").encode())
         return table
 
     def decode(self, ids: list[int] | np.ndarray) -> str:
@@ -167,9 +190,9 @@ class _JsonEncoder:
 
         self._backend = Backend.from_str(json.dumps(definition))
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        texts = [text.replace(" ", META) for text in texts]
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._backend.encode(text.replace(" ", META), add_special_tokens=False).ids
+        return ids
 
 
 def _load_json(path: Path) -> Tokenizer:
@@ -196,7 +219,7 @@ def _load_json(path: Path) -> Tokenizer:
         model["vocab"] = [[f" {piece}" if piece in controls else piece, score] for piece, score in model["vocab"]]
     plain = [t for t in definition.get("added_tokens") or () if t["content"] not in controls]
     bare = {"version": "1.0", "added_tokens": plain, "model": model}
-    return Tokenizer(path, pieces, controls, _JsonEncoder(bare))
+    return Tokenizer(path, pieces, controls, _JsonEncoder(bare), is_bpe=model["type"] == "BPE" and not plain)
 
 
 def _require_llama_kind(path: Path, definition: dict[str, Any]) -> None:
@@ -228,8 +251,8 @@ class _SentencePieceEncoder:
 
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=serialized)
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = self._processor.encode(texts, out_type=int)
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._processor.encode(text, out_type=int)
         return ids
 
 
@@ -255,4 +278,7 @@ def _load_sentencepiece(path: Path) -> Tokenizer:
         if piece.type in (piece_type.CONTROL, piece_type.UNKNOWN):
             controls[piece.piece] = number
     pieces = [piece.piece for piece in proto.pieces]
-    return Tokenizer(path, pieces, controls, _SentencePieceEncoder(proto.SerializeToString()))
+    is_bpe = proto.trainer_spec.model_type == schema.TrainerSpec.BPE
+    has_symbols = any(piece.type == piece_type.USER_DEFINED for piece in proto.pieces)  # matched before the merges
+    encoder = _SentencePieceEncoder(proto.SerializeToString())
+    return Tokenizer(path, pieces, controls, encoder, is_bpe=is_bpe and not has_symbols)

@@ -1,0 +1,98 @@
+"""The cache's ids are the tokenizer's ids, on every kind of character and for every kind of vocabulary."""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep import piece_cache
+from data_prep.piece_cache import inner_pairs, word_pattern
+from data_prep.tokenizer import Tokenizer, load_tokenizer
+from support.tiny_tokenizer import TEXT
+
+CATEGORIES = sorted({unicodedata.category(chr(code)) for code in range(0x110000)} - {"Cs"})
+# Runs of one Unicode category, glued in any order: every border between two kinds of characters occurs.
+runs = st.sampled_from(CATEGORIES).flatmap(lambda c: st.text(st.characters(categories=[c]), min_size=1, max_size=4))
+ascii_runs = st.text(st.characters(max_codepoint=127), min_size=1, max_size=6)
+texts = st.lists(runs | ascii_runs | st.sampled_from([*TEXT.split(" "), " ", "  ", "\n"]), max_size=14).map("".join)
+
+
+@pytest.fixture(scope="module")
+def llama(shared: Path) -> Tokenizer:
+    return load_tokenizer(shared / "data/llama_tokenizer.json")
+
+
+def assert_same(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.encode_inside(text).tolist() == tokenizer.encode_uncached(text), text
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=texts)
+def test_llama(llama: Tokenizer, text: str) -> None:
+    """Planted: dropping `(?!BEYOND)` -> "aé" is cut in two, fails; a plain `+` for `++` -> "aaé" is, fails."""
+    assert_same(llama, text)
+
+
+@settings(max_examples=80, deadline=None)
+@given(text=texts)
+def test_tiny(tokenizer: Tokenizer, text: str) -> None:
+    assert_same(tokenizer, text)
+
+
+def test_every_character_beside_every_kind(llama: Tokenizer) -> None:
+    """All characters that LLaMA's vocabulary knows, and some of each block, beside each kind of character."""
+    known = {character for piece in llama.pieces for character in piece}
+    characters = sorted(known | {chr(code) for code in range(0, 0x30000, 37) if not 0xD800 <= code < 0xE000})
+    for beside in ("a", "(", "1", " ", "\n", "é", "日"):
+        for start in range(0, len(characters), 500):
+            assert_same(llama, beside.join(characters[start : start + 500]))
+
+
+def test_real_text(llama: Tokenizer, shared: Path) -> None:
+    """Library source and the fixtures' awkward documents, whole."""
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-d]*.py")):
+        assert_same(llama, " " + path.read_text(encoding="utf-8", errors="replace"))
+    for line in (shared / "fixtures/data/input/slimpajama/chunk1.jsonl").open(encoding="utf-8"):
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, TypeError):
+            continue
+        assert_same(llama, text)
+
+
+def test_words_lose_nothing(llama: Tokenizer) -> None:
+    pattern = word_pattern(llama.inner_pairs)
+    text = "".join(map(chr, range(0x3000))).replace("▁", "") * 2 + "  x  \n "
+    assert "".join(pattern.findall(text)) == text
+    words = pattern.findall("def f(x_1): return 12, 'naïve(é)' \n\n  日本a b")
+    assert words == ["def", " f", "(", "x", "_", "1", "):", " return", " 1", "2", ",", " '", "naïve(é)'", " \n",
+                     "\n", "  日本a", " b"]  # fmt: skip
+
+
+def test_seams_come_from_the_vocabulary() -> None:
+    """Vocabularies whose pieces cross other borders get other words.
+
+    Planted: fixed groups instead of those of `touching` -> "get_name" is cut, fails.
+    """
+    crossing = word_pattern(inner_pairs(["▁get", "t_n", "12", "\n\n"]))
+    assert crossing.findall("get_name(12)\n\n1") == ["get_name(", "12", ")", "\n\n", "1"]
+    alone = word_pattern(inner_pairs(["a", "▁"]))
+    assert alone.findall("ab, é") == ["a", "b", ",", " é"]
+    assert word_pattern(inner_pairs(["in▁the"])) is None  # no seams at spaces: no cache
+    assert word_pattern(inner_pairs(["▁▁▁", "▁a"])) is not None
+
+
+def test_memory_is_bounded(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(piece_cache, "MAX_WORDS", 10)
+    monkeypatch.setattr(piece_cache, "MAX_LENGTH", 5)
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        assert_same(tokenizer, "".join(generator.choice(list("abcdef (1\n"), 200)))
+    assert len(tokenizer._cache._known) < 300
