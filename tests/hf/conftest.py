@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from CrystalCoder import CrystalCoderConfig, CrystalCoderLMHeadModel
+from CrystalCoder.build_tokenizer import build_tokenizer
 from support.reference_model import TINY, random_weights
+from support.sentencepiece_model import train_sentencepiece
 
 
 @pytest.fixture(scope="session")
@@ -49,3 +52,17 @@ def own_model(own_config: CrystalCoderConfig) -> Any:
 def tokens() -> torch.Tensor:
     """Token ids (3, 40) of `TINY`'s vocabulary, none of them a special one."""
     return torch.randint(3, TINY.vocab_size, (3, 40), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model of 700 pieces, trained on Python source as LLaMA's was on its corpus."""
+    return train_sentencepiece(tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def own_tokenizer(sentencepiece_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """CrystalCoder's tokenizer made from it: 722 ids."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    assert build_tokenizer(sentencepiece_model, folder) == 722
+    return AutoTokenizer.from_pretrained(folder)
