@@ -13,7 +13,7 @@ The token after an earlier answer is the user's `<|im_start|>`, which nobody ask
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -114,29 +114,21 @@ def segments(conversation: Conversation) -> Iterator[Segment]:
     yield control(EOS, trained=True)
 
 
-def encode(conversations: Sequence[Conversation], tokenizer: Tokenizer) -> list[Encoded]:
-    """Encode conversations; all their texts go to the tokenizer as one batch.
+def encode(conversations: Iterable[Conversation], tokenizer: Tokenizer) -> Iterator[Encoded]:
+    """Token ids of each conversation, and which of them are trained.
 
     Raises:
         InputError: the tokenizer lacks a control token.
     """
     control_ids = control_token_ids(tokenizer)
-    documents = [list(segments(conversation)) for conversation in conversations]
-    texts = [s.content for document in documents for s in document if not s.is_control]
-    text_ids = iter(tokenizer.encode_batch(texts))
-    return [
-        _join((([control_ids[s.content]] if s.is_control else next(text_ids)), s.trained) for s in document)
-        for document in documents
-    ]
-
-
-def _join(pieces: Iterator[tuple[list[int], bool]]) -> Encoded:
-    ids: list[int] = []
-    trained: list[bool] = []
-    for piece, is_trained in pieces:
-        ids += piece
-        trained += [is_trained] * len(piece)
-    return Encoded(np.array(ids, dtype=np.int32), np.array(trained, dtype=np.bool_))
+    for conversation in conversations:
+        ids: list[int] = []
+        trained: list[bool] = []
+        for segment in segments(conversation):
+            piece = [control_ids[segment.content]] if segment.is_control else tokenizer.encode(segment.content)
+            ids += piece
+            trained += [segment.trained] * len(piece)
+        yield Encoded(np.array(ids, dtype=np.int32), np.array(trained, dtype=np.bool_))
 
 
 def control_token_ids(tokenizer: Tokenizer) -> dict[str, int]:

@@ -18,9 +18,13 @@ from finetune.show import show as show_rows
 from finetune.sources import read_conversations
 
 OUTPUT_NAME = "data-00000.h5"
-BATCH = 1000  # conversations encoded together
 
-app = typer.Typer(add_completion=False, help="Conversations to masked sequences.", no_args_is_help=True)
+app = typer.Typer(
+    add_completion=False,
+    help="Conversations to masked sequences.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
 
 TokenizerOption = Annotated[Path, typer.Option("--tokenizer", help="tokenizer.json with the CrystalCoder tokens")]
 
@@ -42,8 +46,7 @@ def prepare(
     documents: list[Encoded] = []
     for source in sources:
         conversations = [c.with_system(system) for c in read_conversations(source)]
-        for start in range(0, len(conversations), BATCH):
-            documents += encode(conversations[start : start + BATCH], encoder)
+        documents += encode(conversations, encoder)
         print(f"{source}: {len(conversations):,} conversations, {_count_empty(conversations):,} with an empty answer")
 
     rows = PackedRows(documents, seq_length=max_seq_length, pad_id=pad_id)

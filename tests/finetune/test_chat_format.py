@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_prep.errors import InputError
-from data_prep.tokenizer import Tokenizer, load_tokenizer
+from data_prep.tokenizer import load_tokenizer
 from finetune.chat_format import (
     BOS,
     CONTROL_TOKENS,
@@ -93,10 +93,13 @@ def test_texts_with_their_own_spaces_and_lines_come_back(tokenizer) -> None:
         assert document.trained.tolist() == [False] * (len(ids) - len(answer) - 1) + [True] * (len(answer) + 1)
 
 
-def test_a_tokenizer_without_the_control_tokens_is_refused(tokenizer) -> None:
-    plain = Tokenizer(tokenizer.path, tokenizer.pieces, {"<s>": 1, "</s>": 2}, tokenizer)
+def test_a_tokenizer_without_the_control_tokens_is_refused(tokenizer_file: Path, tmp_path: Path) -> None:
+    definition = json.loads(tokenizer_file.read_text())
+    definition["added_tokens"] = [t for t in definition["added_tokens"] if "im_" not in t["content"]]
+    plain = tmp_path / "tokenizer.json"
+    plain.write_text(json.dumps(definition))
     with pytest.raises(InputError, match=r"tokenizer\.json: has no <\|im_end\|>, <\|im_start\|>"):
-        encode([conversation(("assistant", "A"))], plain)
+        list(encode([conversation(("assistant", "A"))], load_tokenizer(plain)))
 
 
 # --- the rows the reference was tuned on -------------------------------------------------------------------------
