@@ -58,11 +58,16 @@ _MUP_FLAGS: dict[str, tuple[str, type]] = {
 def parse(arguments: Sequence[str]) -> TrainConfig:
     """Read the flags, and what the checkpoint records. Raises InputError (one line) on anything wrong."""
     flags = parser().parse_args(arguments)
+    for flag, (value, reason) in _FIXED.items():
+        if _value(flags, flag) not in (None, value):
+            raise InputError(f"{flag} {_value(flags, flag):g}: it must be {value:g}, {reason}")
     checkpoint = _checkpoint(flags)
     model = _model(flags, checkpoint)
+    parallel = _parallel(flags, checkpoint)
+    model.check_layout(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     return TrainConfig(
         model=model,
-        parallel=_parallel(flags, checkpoint),
+        parallel=parallel,
         data=DataSettings(
             paths=tuple(flags.data_path),
             order=flags.dataloader_type,
@@ -132,12 +137,19 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
 def _add_model(group: Any) -> None:
     group.add_argument("--use-checkpoint-args", action="store_true", help="sizes from the checkpoint need no flags")
     for flag, (_, kind) in {**_MODEL_FLAGS, **_MUP_FLAGS}.items():
         group.add_argument(flag, type=kind)
     group.add_argument(
-        "--max-position-embeddings", type=int, help="longest sequence, where the checkpoint's is shorter"
+        "--max-position-embeddings", type=_positive, help="longest sequence, where the checkpoint's is shorter"
     )
     group.add_argument("--rotary-interleave-repeat", action="store_true", help="rotary turns neighbouring pairs")
     group.add_argument("--use-mup", action="store_true", help="allows the --mup flags")
@@ -148,11 +160,11 @@ def _add_batch(group: Any) -> None:
     group.add_argument(
         "--data-path", type=Path, nargs="+", required=True, metavar="PATH", help="rows: .jsonl, .h5, or directories"
     )
-    group.add_argument("--seq-length", type=int, required=True, help="tokens per row")
+    group.add_argument("--seq-length", type=_positive, required=True, help="tokens per row")
     group.add_argument(
-        "--micro-batch-size", type=int, required=True, help="rows per forward pass and data-parallel rank"
+        "--micro-batch-size", type=_positive, required=True, help="rows per forward pass and data-parallel rank"
     )
-    group.add_argument("--global-batch-size", type=int, required=True, help="rows per optimizer step")
+    group.add_argument("--global-batch-size", type=_positive, required=True, help="rows per optimizer step")
     group.add_argument(
         "--dataloader-type",
         choices=("cyclic", "single", "shuffled"),
@@ -166,11 +178,13 @@ def _add_batch(group: Any) -> None:
 
 
 def _add_optimizer(group: Any) -> None:
-    group.add_argument("--train-iters", type=int, required=True, help="optimizer steps in all, earlier parts included")
+    group.add_argument(
+        "--train-iters", type=_positive, required=True, help="optimizer steps in all, earlier parts included"
+    )
     group.add_argument("--lr", type=float, required=True, help="of the embedding and norms; muP scales the others'")
     group.add_argument("--min-lr", type=float, default=0.0)
     group.add_argument("--lr-decay-style", choices=("constant", "linear", "cosine"), default="linear")
-    group.add_argument("--lr-decay-iters", type=int, help="default: --train-iters")
+    group.add_argument("--lr-decay-iters", type=_positive, help="default: --train-iters")
     warmup = group.add_mutually_exclusive_group()
     warmup.add_argument("--lr-warmup-fraction", type=float, help="of the decay iterations; step 1 then runs at lr 0")
     warmup.add_argument("--lr-warmup-iters", type=int, default=0)
@@ -191,8 +205,8 @@ def _add_optimizer(group: Any) -> None:
 
 
 def _add_parallel(group: Any) -> None:
-    group.add_argument("--tensor-model-parallel-size", type=int, help="default: the checkpoint's")
-    group.add_argument("--pipeline-model-parallel-size", type=int, help="default: the checkpoint's")
+    group.add_argument("--tensor-model-parallel-size", type=_positive, help="default: the checkpoint's")
+    group.add_argument("--pipeline-model-parallel-size", type=_positive, help="default: the checkpoint's")
     group.add_argument("--sequence-parallel", action="store_true", help="off where tensor parallelism is 1")
     group.add_argument(
         "--use-distributed-optimizer", action="store_true", help="shard Adam's state over data parallelism"
@@ -231,7 +245,7 @@ def _add_logging(group: Any) -> None:
         "--eval-interval", type=int, default=0, help="iterations between evaluations on --valid-data-path"
     )
     group.add_argument("--eval-iters", type=int, default=0, help="global batches per evaluation; 0: all rows")
-    group.add_argument("--log-interval", type=int, default=1)
+    group.add_argument("--log-interval", type=_positive, default=1)
     group.add_argument("--log-params-norm", action="store_true")
     group.add_argument("--tensorboard-dir", type=Path)
     group.add_argument("--tensorboard-queue-size", type=int, default=10)

@@ -139,6 +139,7 @@ def _save_torch(file: Path, state: dict[str, Any], model: Any, optimizer: Any) -
         optimizer.save_parameter_state(str(file.with_name(DISTRIBUTED_OPTIMIZER_FILE)))
 
 
+@torch.no_grad()  # megatron-core copies the moments' fp32 weights into views of live parameters
 def _load_torch(file: Path, start: Start, optimizer: Any) -> None:
     state = safe_load.load(file)
     if start.load_optimizer:

@@ -1,0 +1,153 @@
+"""The real scripts in real processes: two nodes, a SIGTERM, bad input, a run that diverges."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from support.checkpoints import distinct_weights, save_hf
+from support.training_runs import SEQ, column, metrics_of, write_rows
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """hf/ (a model), nan/ (the same with a NaN-making weight), rows.jsonl, cut.jsonl, long.jsonl."""
+    folder = tmp_path_factory.mktemp("launch")
+    weights = distinct_weights()
+    save_hf(folder / "hf", weights, shards=1)
+    weights["transformer.ln_f.weight"] = torch.full_like(weights["transformer.ln_f.weight"], 3e38)
+    save_hf(folder / "huge", weights, shards=1)
+    write_rows(folder / "rows.jsonl")
+    lines = (folder / "rows.jsonl").read_text().splitlines(keepends=True)
+    (folder / "cut.jsonl").write_text("".join(lines[:6]) + lines[6][:100])
+    row = {key: values[:-1] for key, values in json.loads(lines[2]).items()}
+    (folder / "short.jsonl").write_text("".join([*lines[:2], json.dumps(row) + "\n"]))
+    return folder
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return int(listener.getsockname()[1])
+
+
+def start(
+    root: Path,
+    inputs: Path,
+    save: Path,
+    *,
+    node: int = 0,
+    nodes: int = 1,
+    port: int = 0,
+    tp: int = 1,
+    **environment: str,
+) -> subprocess.Popen[str]:
+    """One call of rank_cmd_phase2.sh, with a small job's environment."""
+    values = {
+        "LOAD": str(inputs / "hf"),
+        "SAVE": str(save),
+        "DATA_PATH": str(inputs / "rows.jsonl"),
+        "ITERS": "4",
+        "GLOBAL_BATCH_SIZE": "8",
+        "SEQ_LENGTH": str(SEQ),
+        "OMP_NUM_THREADS": "1",
+        **environment,
+    }
+    arguments = [str(node), str(nodes), "localhost", str(port or free_port()), str(tp), "1", "2", str(save) + "_logs"]
+    return subprocess.Popen(
+        ["bash", str(root / "rank_cmd_phase2.sh"), *arguments],
+        env={**os.environ, **values},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_nodes_are_one_job(repo_root: Path, inputs: Path, tmp_path: Path) -> None:
+    """Two calls of one rank each, TP2: the losses of one call with both ranks."""
+    port = free_port()
+    nodes = [start(repo_root, inputs, tmp_path / "two", node=node, nodes=2, port=port, tp=2) for node in (0, 1)]
+    outputs = [node.communicate(timeout=300) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert outputs[0][0].count("| loss ") == 4
+    assert "| loss " not in outputs[1][0]
+    one = start(repo_root, inputs, tmp_path / "one", tp=2)
+    told = one.communicate(timeout=300)
+    assert one.returncode == 0, told
+    np.testing.assert_array_equal(column(tmp_path / "two", "lm_loss"), column(tmp_path / "one", "lm_loss"))
+    assert (tmp_path / "one_logs/node_0.log").read_text() == told[0]
+    assert list((tmp_path / "one_logs/tensorboard").glob("events.*"))
+    assert (tmp_path / "one/latest_checkpointed_iteration.txt").read_text() == "4"
+
+
+def test_sigterm_saves_and_the_run_goes_on(repo_root: Path, inputs: Path, tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    run = start(repo_root, inputs, save, ITERS="100000", EXTRA_ARGS="--lr-decay-iters 20 --micro-batch-size 1")
+    deadline = time.monotonic() + 300
+    while not (save / "metrics.jsonl").is_file() or len(metrics_of(save)) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    run.send_signal(signal.SIGTERM)
+    told = run.communicate(timeout=300)
+    assert run.returncode == 128 + signal.SIGTERM, told
+    stopped = int((save / "latest_checkpointed_iteration.txt").read_text())
+    assert metrics_of(save)[-1]["iteration"] == stopped
+
+    extra = "--lr-decay-iters 20 --micro-batch-size 1"
+    again = start(repo_root, inputs, save, ITERS=str(stopped + 2), EXTRA_ARGS=extra)
+    told = again.communicate(timeout=300)
+    assert again.returncode == 0, told
+    assert f"starting from iteration {stopped} " in told[0]
+    assert [line["iteration"] for line in metrics_of(save)] == list(range(1, stopped + 3))
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"DATA_PATH": "{inputs}/cut.jsonl"}, ["cut.jsonl:7", "JSON"]),
+        pytest.param({"DATA_PATH": "{inputs}/short.jsonl"}, ["short.jsonl:3", "31", "32"], marks=pytest.mark.slow),
+        pytest.param({"LOAD": "{inputs}/nothing"}, ["nothing", "checkpoint"], marks=pytest.mark.slow),
+        pytest.param({"EXTRA_ARGS": "--no-such-flag"}, ["--no-such-flag"], marks=pytest.mark.slow),
+        pytest.param({"GLOBAL_BATCH_SIZE": "7"}, ["7", "multiple"], marks=pytest.mark.slow),
+    ],
+)
+def test_bad_input_is_one_line(
+    repo_root: Path, inputs: Path, tmp_path: Path, environment: dict[str, str], words: list[str]
+) -> None:
+    """Two ranks meet it, one speaks; no report of the launcher; nothing is written but the log."""
+    environment = {key: value.format(inputs=inputs) for key, value in environment.items()}
+    run = start(repo_root, inputs, tmp_path / "run", tp=2, **environment)
+    out, err = run.communicate(timeout=300)
+    assert run.returncode == 2, out + err
+    assert len(err.splitlines()) == 1, err
+    assert err.startswith("error: ")
+    for word in words:
+        assert word in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_script_refuses_wrong_arguments(repo_root: Path) -> None:
+    script = str(repo_root / "rank_cmd_phase2.sh")
+    for arguments in (["0", "1", "localhost"], ["0", "1", "localhost", "29500", "two", "2", "1", "logs"]):
+        run = subprocess.run(["bash", script, *arguments], capture_output=True, text=True)
+        assert run.returncode == 2
+        assert len(run.stderr.splitlines()) == 1
+
+
+def test_divergence_names_iteration_rank_and_rows(repo_root: Path, inputs: Path, tmp_path: Path) -> None:
+    run = start(repo_root, inputs, tmp_path / "run", LOAD=str(inputs / "huge"), EXTRA_ARGS="--dataloader-type single")
+    _, err = run.communicate(timeout=300)
+    assert run.returncode == 1
+    for word in ("iteration 1:", "rank 0", "rows [0, 1]", "--skip-nonfinite"):
+        assert word in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "run/latest_checkpointed_iteration.txt").exists()
