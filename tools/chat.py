@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from data_prep.errors import InputError, exits_on_bad_input
+from finetune.chat_format import DEFAULT_SYSTEM_PROMPT
 from tools.generate import GREEDY, MaxNewTokens, Sampling, Seed, Temperature, TopP, continuation
 from tools.hf_checkpoint import Device, Directory, Dtype, DtypeOption, load_checkpoint
 
@@ -46,7 +47,9 @@ def answer(
 def chat(
     directory: Directory,
     message: Annotated[str | None, typer.Option(help="ask this, print the answer, and end")] = None,
-    system: Annotated[str | None, typer.Option(help="the system prompt; none without this")] = None,
+    system: Annotated[
+        str, typer.Option(help="the system prompt, by default the one that tuning data gets; '' for none")
+    ] = DEFAULT_SYSTEM_PROMPT,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -57,7 +60,7 @@ def chat(
     """Talk to a checkpoint. /reset forgets the conversation; an empty line or Ctrl-D ends it."""
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     model, tokenizer = load_checkpoint(directory, device=device, dtype=dtype.value)
-    opening = [] if system is None else [{"role": "system", "content": system}]
+    opening = [{"role": "system", "content": system}] if system else []
     if message is not None:
         print(answer(model, tokenizer, [*opening, {"role": "user", "content": message}], sampling))
     else:

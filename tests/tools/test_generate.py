@@ -17,6 +17,7 @@ from transformers import TextStreamer
 from CrystalCoder import CrystalCoderConfig, CrystalCoderLMHeadModel
 from CrystalCoder.build_tokenizer import build_tokenizer
 from data_prep.errors import InputError
+from finetune.chat_format import DEFAULT_SYSTEM_PROMPT
 from support.sentencepiece_model import train_sentencepiece
 from tools import chat as chat_command
 from tools import generate as generate_command
@@ -159,19 +160,30 @@ def test_the_chat_command(
         return answer(*loaded, turns, Sampling(max_new_tokens=6))
 
     first = expected("hello")
-    run(chat_command, checkpoint, "--message", "hello", "--max-new-tokens", 6)
+    run(chat_command, checkpoint, "--message", "hello", "--max-new-tokens", 6, "--system", "")
     assert capsys.readouterr().out == first + "\n"
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nmore\n/reset\nhello\n\nnever read\n"))
-    run(chat_command, checkpoint, "--max-new-tokens", 6)
+    run(chat_command, checkpoint, "--max-new-tokens", 6, "--system", "")
     said = capsys.readouterr().out
     assert said == f"> {first}\n> {expected('hello', first, 'more')}\n> > {first}\n> "
+
+
+def test_the_system_prompt_is_the_tuning_datas(checkpoint: Path, loaded: tuple[Any, Any], monkeypatch: Any) -> None:
+    """Unless --system says otherwise: what a model was tuned with by default is what it is asked with."""
+    model = Scripted(loaded[1], "</s>")
+    monkeypatch.setattr(chat_command, "load_checkpoint", lambda *args, **kwargs: (model, loaded[1]))
+    model.config = SimpleNamespace(n_positions=2048)
+    for options, system in (((), DEFAULT_SYSTEM_PROMPT), (("--system", "S"), "S")):
+        run(chat_command, checkpoint, "--message", "U", *options)
+        turns = [{"role": "system", "content": system}, {"role": "user", "content": "U"}]
+        assert model.asked == loaded[1].encode_chat(turns)
 
 
 def test_a_turn_that_does_not_fit_is_told_and_dropped(
     checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("x = 1 " * CONTEXT + "\nhello\n"))
-    run(chat_command, checkpoint, "--max-new-tokens", 2)
+    run(chat_command, checkpoint, "--max-new-tokens", 2, "--system", "")
     captured = capsys.readouterr()
     assert captured.err.count("shorten it") == 1
     assert len(captured.out.split("> ")) == 4
