@@ -46,6 +46,7 @@ def run_step(
     settings: dict[str, Any],
     processes: int = 1,
     overwrite: bool = False,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Do `work(task.argument)` for each task and write the manifest; return it.
 
@@ -54,6 +55,7 @@ def run_step(
         settings: all that decides the output, JSON-able: options, inputs with sizes, tokenizer. A finished folder with
             the same settings is left as it is; a half-done one is completed.
         overwrite: delete what `out` holds from other settings.
+        progress: show a bar where stderr is a terminal.
 
     Raises:
         InputError: `out` holds something else; whatever `work` raises.
@@ -74,9 +76,11 @@ def run_step(
         print(f"{out}: {len(tasks) - len(to_do)} of {len(tasks)} tasks are done, going on", file=sys.stderr)
     num_done = len(tasks) - len(to_do)
     try:
-        for task, record in _results(work, to_do, processes):
-            _write_json(folder / f"{task.name}.json", record)
-            num_done += 1
+        with _bar(step, len(to_do), shown=progress) as advance:
+            for task, record in _results(work, to_do, processes):
+                _write_json(folder / f"{task.name}.json", record)
+                num_done += 1
+                advance()
     except InputError:
         if not num_done:
             _leave(out)
@@ -109,6 +113,20 @@ def _claim(out: Path, fingerprint: str, *, overwrite: bool) -> None:
         _write_json(mark, {"fingerprint": fingerprint})
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror}): choose another --out") from None
+
+
+@contextmanager
+def _bar(title: str, total: int, *, shown: bool) -> Iterator[Callable[[], None]]:
+    """A progress bar over the tasks with the time that is left; only for a person at a terminal."""
+    if not (shown and total > 1 and sys.stderr.isatty()):
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task(title, total=total)
+        yield lambda: progress.advance(bar)
 
 
 def _leave(out: Path) -> None:

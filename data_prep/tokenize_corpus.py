@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from data_prep.cleaning import Cleaning
 from data_prep.engine import Task, run_step
 from data_prep.errors import InputError
 from data_prep.fim import Draws, FimSettings, fim_document
@@ -37,6 +38,10 @@ class TokenizeOptions:
         epochs: how often the corpus is written, each time with other FIM draws, to OUT/epoch_<e>; 0: once, to OUT.
         rows_per_file: sequences of one HDF5 file at most.
         shard_bytes: input files are grouped into shards of about this size (one file is never cut).
+        eos_id: what the caller takes the end of a document to be; a tokenizer that differs is refused.
+        pad_id: fills the last sequence of a shard, [eos_id].
+        min_sequence_len: the end of a shard, if it has fewer tokens, is left out and counted.
+        cleaning: changes to the texts, none by default.
     """
 
     tokenizer: str
@@ -48,6 +53,11 @@ class TokenizeOptions:
     on_error: Literal["stop", "skip"] = "stop"
     rows_per_file: int = 50_000
     shard_bytes: int = 16 << 20
+    output_name: str = "examples"
+    eos_id: int | None = None
+    pad_id: int | None = None
+    min_sequence_len: int = 2
+    cleaning: Cleaning = field(default_factory=Cleaning)
 
     def __post_init__(self) -> None:
         if self.max_seq_length < 2:
@@ -69,7 +79,13 @@ class Shard:
 
 
 def tokenize_corpus(
-    inputs: list[str], out: Path, options: TokenizeOptions, *, processes: int = 1, overwrite: bool = False
+    inputs: list[str],
+    out: Path,
+    options: TokenizeOptions,
+    *,
+    processes: int = 1,
+    overwrite: bool = False,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Tokenise and pack the files of `inputs` into `out`; the manifest.
 
@@ -77,8 +93,8 @@ def tokenize_corpus(
         InputError: bad input, with file and place (unless `options.on_error` is "skip").
     """
     tokenizer = load_tokenizer(options.tokenizer)
-    if options.fim:
-        _ = tokenizer.fim_ids
+    if options.eos_id not in (None, tokenizer.eos_id):
+        raise InputError(f"eos_id {options.eos_id}: in {tokenizer.path} </s> is {tokenizer.eos_id}")
     sources = discover(inputs, options.text_suffixes)
     found = replace(options, tokenizer=str(tokenizer.path))
     shards = [
@@ -91,7 +107,16 @@ def tokenize_corpus(
         "inputs": [{"name": source.name, **input_identity(source.path)} for source in sources],
     }
     tasks = [Task(f"{shard.folder or 'shard'}_{shard.number}", shard) for shard in shards]
-    return run_step("tokenize", out, tasks, tokenize_shard, settings=settings, processes=processes, overwrite=overwrite)
+    return run_step(
+        "tokenize",
+        out,
+        tasks,
+        tokenize_shard,
+        settings=settings,
+        processes=processes,
+        overwrite=overwrite,
+        progress=progress,
+    )
 
 
 def group_by_size(sources: list[Source], shard_bytes: int) -> Iterator[tuple[Source, ...]]:
@@ -114,18 +139,22 @@ def tokenize_shard(shard: Shard) -> Record:
     tokenizer = _tokenizer(options.tokenizer)
     faults = FaultPolicy(options.on_error)
     counts: Counter[str] = Counter()
-    packer = Packer(options.max_seq_length, tokenizer.eos_id)
+    packer = Packer(options.max_seq_length, tokenizer.eos_id if options.pad_id is None else options.pad_id)
 
     def rows() -> Iterator[np.ndarray]:
         for ids in encoded_documents(shard, tokenizer, faults, counts):
             completed = packer.add(ids)
             if len(completed):
                 yield completed
-        yield packer.finish()
+        rest = packer.finish()
+        if len(rest) and rest[0, 1].sum() + 1 < options.min_sequence_len:
+            counts["tokens_dropped"] += int(rest[0, 1].sum())
+        else:
+            yield rest
 
     outputs = write_rows(
         rows(),
-        lambda k: Path(shard.out, shard.folder, f"examples_{k}_{shard.number}.h5"),
+        lambda k: Path(shard.out, shard.folder, f"{options.output_name}_{k}_{shard.number}.h5"),
         options.max_seq_length,
         options.rows_per_file,
         counts,
@@ -143,17 +172,19 @@ def encoded_documents(
     for source in shard.sources:
         for document in read_documents(source.path, faults, options.text_key):
             counts["documents_read"] += 1
-            if not document.text:
+            text = options.cleaning(document.text)
+            counts["documents_cleaned"] += text != document.text
+            if not text:
                 counts["documents_empty"] += 1
                 continue
             if options.fim:
                 draws = Draws.of(options.fim.seed, shard.epoch, source.name, document.number)
-                ids = fim_document(document.text, tokenizer, options.fim, draws)
+                ids = fim_document(text, tokenizer, options.fim, draws)
                 counts["documents_fim"] += draws.whether < options.fim.rate
             else:
-                ids = tokenizer.encode_array(document.text)
+                ids = tokenizer.encode_array(text)
             counts["documents"] += 1
-            counts["characters"] += len(document.text)
+            counts["characters"] += len(text)
             counts["tokens"] += len(ids) + 2
             yield np.concatenate([begin, ids, end])
 
