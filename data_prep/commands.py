@@ -113,16 +113,25 @@ def fim(
     epochs: Annotated[int, typer.Option(help="Transform the data so often, each time with other cuts")] = 1,
     level: Annotated[CutLevel, typer.Option(help="Cut between characters or tokens")] = CutLevel.char,
     seed: Annotated[int, typer.Option(help="Seed of the cuts")] = 0,
+    reference_compat: Annotated[
+        bool, typer.Option("--reference-compat", help="The reference's arrays, quirks included; --processes matters")
+    ] = False,
     processes: Processes = 1,
     overwrite: Overwrite = False,
 ) -> None:
     """Fill in the middle on packed sequences: writes OUT/epoch_<e>/<input file name>."""
-    from data_prep.fim_files import fim_files
+    from data_prep.fim_files import FimSource, fim_files
 
-    if epochs < 1:
-        raise InputError(f"--epochs {epochs}: at least 1 is needed")
-    settings = FimSettings(rate, spm_rate, seed, level.value)
-    manifest = fim_files(source, out, tokenizer, settings, epochs=epochs, processes=processes, overwrite=overwrite)
+    manifest = fim_files(
+        [FimSource(source)],
+        out,
+        tokenizer,
+        FimSettings(rate, spm_rate, seed, level.value),
+        epochs=epochs,
+        processes=processes,
+        overwrite=overwrite,
+        reference_groups=processes if reference_compat else None,
+    )
     _report(out, manifest)
 
 

@@ -1,16 +1,36 @@
-"""The step FIM on packed sequences: IN/*.h5 -> OUT/epoch_<e>/*.h5, same names, same number of sequences."""
+"""The step FIM on packed sequences: each file in each epoch becomes a file of the same name and number of sequences."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep.engine import Task, run_step
+from data_prep.errors import InputError
 from data_prep.fim import FimSettings, RowFim
 from data_prep.manifest import Record, input_identity, record
+from data_prep.reference_fim import ReferenceFimTask, fim_file_like_reference
 from data_prep.sequences import SequenceFile, SequenceWriter, sequence_files
 from data_prep.tokenizer import load_tokenizer
+
+
+class FimSource(NamedTuple):
+    """A folder of sequence files (or one file), the folder below --out for an epoch's files, and which files.
+
+    `names` lists the files in an order of their own; () stands for all, sorted.
+    """
+
+    path: Path
+    folder: str = "epoch_{}"
+    names: tuple[str, ...] = ()
+
+    def files(self) -> list[Path]:
+        """The sequence files, in order."""
+        if not self.names:
+            return sequence_files(self.path)
+        return [file for name in self.names for file in sequence_files(self.path / name)]
 
 
 class FimTask(NamedTuple):
@@ -18,13 +38,15 @@ class FimTask(NamedTuple):
 
     source: str
     target: str
+    out: str
     tokenizer: str
     settings: FimSettings
     epoch: int
+    name: str  # stands for the file in the key of its chances
 
 
 def fim_files(
-    source: Path,
+    sources: Sequence[FimSource],
     out: Path,
     tokenizer_path: Path,
     settings: FimSettings,
@@ -32,37 +54,55 @@ def fim_files(
     epochs: int = 1,
     processes: int = 1,
     overwrite: bool = False,
+    reference_groups: int | None = None,
 ) -> dict[str, Any]:
-    """Transform every sequence file of `source` `epochs` times, each time with other draws; the manifest.
+    """Transform every sequence file of `sources` `epochs` times, each time with other draws; the manifest.
+
+    Args:
+        reference_groups: do as the reference does (see reference_fim.py), its files dealt to so many processes; 0 for
+            one process per file, as in its stage 3. None: as RowFim does.
 
     Raises:
         InputError: no sequence files, or files that another tokenizer made.
     """
+    if epochs < 1:
+        raise InputError(f"--epochs {epochs}: at least 1 is needed")
     tokenizer = load_tokenizer(tokenizer_path)
-    files = sequence_files(source)
+    files = [(path, source.folder) for source in sources for path in source.files()]
     tasks = []
-    for epoch in range(epochs):
-        for path in files:
-            target = out / f"epoch_{epoch}" / path.name
-            task = FimTask(str(path), str(target), str(tokenizer.path), settings, epoch)
-            tasks.append(Task(f"{epoch}/{path.name}", task))
+    for number, (path, folder) in enumerate(files):
+        targets = tuple(str(out / folder.format(epoch) / path.name) for epoch in range(epochs))
+        if reference_groups is not None:
+            group = number // -(-len(files) // reference_groups) if reference_groups else number
+            seed = settings.seed + group
+            reference = ReferenceFimTask(str(path), targets, str(out), str(tokenizer.path), settings, seed)
+            tasks.append(Task(f"file_{number}", reference))
+            continue
+        # One source: the file's name is enough. Several: files of the same name must not share their chances.
+        name = path.name if len(sources) == 1 else f"{folder.format('')}/{path.name}"
+        for epoch, target in enumerate(targets):
+            task = FimTask(str(path), target, str(out), str(tokenizer.path), settings, epoch, name)
+            tasks.append(Task(f"file_{number}_epoch_{epoch}", task))
     identity = asdict(settings) | {
         "epochs": epochs,
+        "reference_groups": reference_groups,
+        "folders": [source.folder for source in sources],
         "tokenizer": tokenizer.fingerprint,
-        "inputs": [input_identity(path) for path in files],
+        "inputs": [input_identity(path) for path, _ in files],
     }
-    return run_step("fim", out, tasks, fim_file, settings=identity, processes=processes, overwrite=overwrite)
+    work = fim_file if reference_groups is None else fim_file_like_reference
+    return run_step("fim", out, tasks, work, settings=identity, processes=processes, overwrite=overwrite)
 
 
 def fim_file(task: FimTask) -> Record:
     """Do one file in one epoch: what the engine's processes run."""
     transform = RowFim(load_tokenizer(task.tokenizer), task.settings)
-    name = Path(task.source).name
     with SequenceFile(task.source) as source, SequenceWriter(task.target, source.max_seq_length) as target:
         if task.settings.rate == 0:
             target.write_compressed(source.read_compressed(number) for number in range(len(source)))
         else:
             for number, row in enumerate(source.rows()):
-                target.write(transform(row, task.epoch, name, number)[None])
+                target.write(transform(row, task.epoch, task.name, number)[None])
     counts = dict(transform.counts) | {"sequences": target.num_rows}
-    return record(inputs=[name], outputs={f"epoch_{task.epoch}/{name}": target.num_rows}, counts=counts)
+    output = Path(task.target).relative_to(task.out).as_posix()
+    return record(inputs=[task.source], outputs={output: target.num_rows}, counts=counts)
