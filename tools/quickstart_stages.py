@@ -198,8 +198,7 @@ class Chain:
             (
                 _command(
                     *("crystalcoder", "finetune", "prepare", self.run / "raw/instructions.jsonl", "--out", out),
-                    # No system prompt: `crystalcoder chat` asks without one.
-                    *("--tokenizer", self._tokenizer, "--max-seq-length", self._seq_length, "--system", ""),
+                    *("--tokenizer", self._tokenizer, "--max-seq-length", self._seq_length),
                 ),
             ),
             outputs=(out,),

@@ -266,7 +266,7 @@ WRONG = {
     "subset": ("    weight: 0.8", "    weight: 0.8\n    data_subset: 0.5-0.1", "data_subset '0.5-0.1'"),
     "two sources": ("  mixture:", "  data_dir: x\n  mixture:", "train_input needs either data_dir or mixture"),
     "fp16": ("use_bfloat16: False", "use_bfloat16: False\n  mixed_precision: True", "is given twice"),
-    "no end": ("    end_learning_rate: 0.012\n", "", r"optimizer.learning_rate.0 Linear has no end"),
+    "no end": ("    end_learning_rate: 0.006\n", "", r"optimizer.learning_rate.0 Linear has no end"),
     "no bounds": ("a: -0.20648, b: 0.20648", "a: -0.20648", "model.initializer truncated_normal needs its bounds"),
     "not yaml": ("model:", "model: [", "not valid YAML"),
 }
@@ -274,7 +274,7 @@ WRONG = {
 
 @pytest.mark.parametrize("fault", WRONG)
 def test_a_wrong_file_is_refused_with_its_line(tmp_path: Path, tiny_path: Path, fault: str) -> None:
-    """One line: file, line, key, remedy. Planted: extra="ignore", strict=False: the first nine fail."""
+    """One line: file, line, key, remedy. Planted: extra="ignore"; strict=False: both fail."""
     old, new, message = WRONG[fault]
     text = tiny_path.read_text()
     assert old in text
@@ -336,7 +336,7 @@ def test_arguments_win_over_the_file(tiny_path: Path) -> None:
 
 def test_the_default_micro_batch_divides_each_ranks_share() -> None:
     assert default_micro_batch_size(2112, 16, 2048) == 2
-    assert default_micro_batch_size(16, 1, 256) == 16
+    assert default_micro_batch_size(8, 1, 256) == 8
     assert default_micro_batch_size(30, 2, 512) == 5
     assert default_micro_batch_size(7, 1, 100_000) == 1
 
