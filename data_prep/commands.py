@@ -177,6 +177,22 @@ def inspect(
     show(path, loaded, samples=sample or [0], console=Console(highlight=False))
 
 
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="A folder that a step wrote, or any sequences")],
+    vocab_size: Annotated[int | None, typer.Option(help="Ids must be below this")] = None,
+) -> None:
+    """Prove the sequences: layout, labels, loss mask, ids, and files, counts and checksums against the manifest."""
+    from data_prep.verification import verify as find_faults
+
+    faults = find_faults(path, vocab_size)
+    for fault in faults:
+        print(fault)
+    if faults:
+        raise SystemExit(1)
+    print(f"{path}: nothing wrong")
+
+
 def _existing(path: Path) -> Path:
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")

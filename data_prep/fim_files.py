@@ -105,4 +105,4 @@ def fim_file(task: FimTask) -> Record:
                 target.write(transform(row, task.epoch, task.name, number)[None])
     counts = dict(transform.counts) | {"sequences": target.num_rows}
     output = Path(task.target).relative_to(task.out).as_posix()
-    return record(inputs=[task.source], outputs={output: target.num_rows}, counts=counts)
+    return record(inputs=[task.source], outputs={output: target.summary}, counts=counts)

@@ -15,14 +15,14 @@ from data_prep.errors import InputError
 from data_prep.manifest import finished_manifest
 from data_prep.sequences import SequenceFile, sequence_files
 from data_prep.tokenizer import Tokenizer
+from data_prep.verification import faults_of
 
 
 @dataclass
 class Statistics:
     """What a set of sequence files holds.
 
-    `broken` counts sequences whose labels are not the tokens shifted by one (where two neighbours both count), whose
-    loss mask is not 0 or 1, or whose ids are negative.
+    `broken` counts sequences that are not well formed (see verification.faults_of).
     """
 
     files: int = 0
@@ -40,9 +40,7 @@ class Statistics:
         self.tokens += tokens.size
         self.counted += int(mask.sum())
         self.largest_id = max(self.largest_id, int(tokens.max()), int(labels.max()))
-        follows = (labels[:-1] == tokens[1:]) | (mask[:-1] == 0) | (mask[1:] == 0)
-        if not (follows.all() and np.isin(mask, (0, 1)).all() and tokens.min() >= 0 and labels.min() >= 0):
-            self.broken += 1
+        self.broken += bool(faults_of(row))
 
 
 def statistics(path: Path) -> Statistics:

@@ -1,6 +1,7 @@
 """The audit of a step: `manifest.json` beside its output says what went in, with which options, and what came out.
 
-A task's `Record` is {"inputs": […], "outputs": {file: rows}, "counts": {…}, "faults": […]}; the manifest adds them up.
+A task's `Record` is {"inputs": […], "outputs": {file: {"rows": n, …}}, "counts": {…}, "faults": […]}; the manifest adds
+them up.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ Record = dict[str, Any]
 def record(
     *,
     inputs: Sequence[str] = (),
-    outputs: dict[str, int] | None = None,
+    outputs: dict[str, dict[str, Any]] | None = None,
     counts: dict[str, int] | None = None,
     faults: Iterable[Any] = (),
 ) -> Record:
-    """What one task did: the inputs it read, files it wrote with their rows, its counts, the records it left out."""
+    """What one task did: the inputs it read, the files it wrote (name -> rows, checksum), counts, records left out."""
     rejects = [{"file": f.path, "place": f.place, "reason": f.reason} for f in faults]
     return {"inputs": list(inputs), "outputs": outputs or {}, "counts": counts or {}, "faults": rejects}
 
@@ -76,7 +77,7 @@ def write_manifest(
     Nothing in it depends on when or how fast the step ran: the same input gives the same bytes.
     """
     counts: Counter[str] = Counter()
-    outputs: dict[str, int] = {}
+    outputs: dict[str, dict[str, Any]] = {}
     faults = []
     for task in records:
         counts.update(task["counts"])

@@ -79,7 +79,7 @@ def convert_file(task: ConvertTask) -> Record:
         reason = str(error).splitlines()[0]
         raise InputError(f"{task.source}: row {count + 1} or after: cannot be converted ({reason})") from None
     os.replace(partial, target)
-    return record(inputs=[task.source], outputs={task.name: count}, counts={"documents": count})
+    return record(inputs=[task.source], outputs={task.name: {"rows": count}}, counts={"documents": count})
 
 
 def _cells(column: Any) -> list[Any]:

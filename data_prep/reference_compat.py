@@ -125,14 +125,14 @@ def tokenize_rank(task: RankTask) -> Record:
     options, rank = task.options, task.rank
     faults = FaultPolicy(options.on_error)
     counts: Counter[str] = Counter()
-    outputs: dict[str, int] = {}
+    outputs: dict[str, dict[str, Any]] = {}
     pending: list[np.ndarray] = []
 
     def write(rows: list[np.ndarray]) -> None:
         name = f"{options.output_name}_{len(outputs)}_{rank}.h5"
         with SequenceWriter(Path(task.out, name), options.max_seq_length) as writer:
             writer.write(np.stack(rows))
-        outputs[name] = len(rows)
+        outputs[name] = writer.summary
         Path(task.out, f"checkpoint_{rank}.txt").write_text(f"{counts['documents']}, {len(outputs)}")
 
     for row in _rows(task, faults, counts):

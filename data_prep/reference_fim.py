@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,8 +42,8 @@ def fim_file_like_reference(task: ReferenceFimTask) -> Record:
         for row in source.rows():
             for writer in writers:
                 writer.write(_transform(row, backend, generator, task.settings)[None])
-    outputs = {Path(target).relative_to(task.out).as_posix(): len(source) for target in task.targets}
-    return record(inputs=[task.source], outputs=outputs, counts={"sequences": sum(outputs.values())})
+    outputs = {w.path.relative_to(task.out).as_posix(): w.summary for w in writers}
+    return record(inputs=[task.source], outputs=outputs, counts={"sequences": sum(w.num_rows for w in writers)})
 
 
 def _transform(row: np.ndarray, backend: Any, generator: Any, settings: FimSettings) -> np.ndarray:

@@ -10,6 +10,7 @@ written directly, and they are read directly and inflated outside the HDF5 libra
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -29,12 +30,18 @@ SUFFIX = ".h5"
 GZIP_LEVEL = 4
 ISAL_LEVEL = 1
 ROW_DTYPE = np.dtype("<i4")
+CHECKSUM_RANGE = 1 << 64
 
 
 def compress_row(row: np.ndarray) -> bytes:
     """Deflate one (3, msl) int32 sequence as HDF5's gzip filter would."""
     compressed: bytes = isal_zlib.compress(np.ascontiguousarray(row, ROW_DTYPE).data, ISAL_LEVEL)
     return compressed
+
+
+def row_checksum(chunk: bytes) -> int:
+    """Checksum of one deflated sequence. A file's checksum is the sum over its rows, so their order does not matter."""
+    return int.from_bytes(hashlib.blake2b(chunk, digest_size=8).digest(), "little")
 
 
 class SequenceWriter:
@@ -53,6 +60,7 @@ class SequenceWriter:
         self.path = Path(path)
         self.max_seq_length = max_seq_length
         self.num_rows = 0
+        self.checksum = 0
         self._partial = self.path.with_name(self.path.name + ".partial")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +90,13 @@ class SequenceWriter:
             if self.num_rows == self._dataset.shape[0]:
                 self._dataset.resize(max(1024, 2 * self.num_rows), axis=0)
             dataset.write_direct_chunk((self.num_rows, 0, 0), chunk)
+            self.checksum = (self.checksum + row_checksum(chunk)) % CHECKSUM_RANGE
             self.num_rows += 1
+
+    @property
+    def summary(self) -> dict[str, object]:
+        """What a manifest records of the file: its rows and their checksum."""
+        return {"rows": self.num_rows, "checksum": f"{self.checksum:016x}"}
 
     def close(self) -> None:
         """Finish the file and give it its name."""

@@ -125,7 +125,7 @@ def shuffle_file(task: ShuffleTask) -> Record:
         for block in reader.blocks(task.start, task.stop):
             writer.write_compressed(reader.read(permutation(block)))
     reader.close()
-    return record(outputs={Path(task.target).name: writer.num_rows}, counts={"sequences": writer.num_rows})
+    return record(outputs={Path(task.target).name: writer.summary}, counts={"sequences": writer.num_rows})
 
 
 class _Chunks:

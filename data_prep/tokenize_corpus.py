@@ -159,7 +159,7 @@ def tokenize_shard(shard: Shard) -> Record:
         options.rows_per_file,
         counts,
     )
-    names = {Path(path).relative_to(shard.out).as_posix(): count for path, count in outputs.items()}
+    names = {Path(path).relative_to(shard.out).as_posix(): summary for path, summary in outputs.items()}
     return record(inputs=[s.name for s in shard.sources], outputs=names, counts=dict(counts), faults=faults.faults)
 
 
@@ -195,17 +195,17 @@ def write_rows(
     max_seq_length: int,
     rows_per_file: int,
     counts: Counter[str],
-) -> dict[str, int]:
-    """Write rows to `path_of(0)`, `path_of(1)`, … of at most `rows_per_file` each; path -> rows.
+) -> dict[str, dict[str, Any]]:
+    """Write rows to `path_of(0)`, `path_of(1)`, … of at most `rows_per_file` each; path -> what the manifest records.
 
     A file takes its name when it is complete. Without any row there is no file.
     """
-    outputs: dict[str, int] = {}
+    outputs: dict[str, dict[str, Any]] = {}
     writer: SequenceWriter | None = None
 
     def finish(done: SequenceWriter) -> None:
         done.close()
-        outputs[str(done.path)] = done.num_rows
+        outputs[str(done.path)] = done.summary
 
     try:
         for batch in batches:

@@ -88,8 +88,8 @@ def test_tokenize_is_lossless(
     manifest = json.loads((tmp_path / "a/manifest.json").read_text())
     assert manifest["counts"]["documents"] == len(texts)
     assert manifest["counts"]["characters"] == sum(map(len, texts))
-    assert sum(manifest["outputs"].values()) == manifest["counts"]["sequences"]
-    assert max(manifest["outputs"].values()) == 50
+    assert sum(file["rows"] for file in manifest["outputs"].values()) == manifest["counts"]["sequences"]
+    assert max(file["rows"] for file in manifest["outputs"].values()) == 50
     rows = [row for path in sorted(sequence_files(tmp_path / "a"), key=lambda p: int(p.stem.split("_")[1]))
             for row in SequenceFile(path).rows()]  # fmt: skip
     found = [

@@ -1,0 +1,117 @@
+"""Prove sequences: `crystalcoder data verify PATH` reads every row and names everything that is wrong.
+
+Of each row: ids in range, a loss mask of 0 and 1, labels that are the following tokens. Of a step's folder, against its
+manifest: the files and no others, their rows, a checksum over all rows that no lost, doubled or damaged row leaves as
+it was; and for a shuffle, that it holds exactly the rows of its inputs, as far as they are still there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from data_prep.errors import InputError
+from data_prep.manifest import finished_manifest
+from data_prep.sequences import CHECKSUM_RANGE, SequenceFile, row_checksum, sequence_files
+
+# A file with a systematic fault has it in every row: this many are listed.
+ROWS_LISTED = 20
+
+
+def faults_of(row: np.ndarray, vocab_size: int | None = None) -> list[str]:
+    """What is wrong with one sequence (3, L); [] if it is well formed."""
+    tokens, mask, labels = row
+    faults = []
+    if not np.isin(mask, (0, 1)).all():
+        faults.append(f"loss mask holds {mask[~np.isin(mask, (0, 1))][0]}")
+    smallest, largest = int(min(tokens.min(), labels.min())), int(max(tokens.max(), labels.max()))
+    if smallest < 0 or (vocab_size is not None and largest >= vocab_size):
+        faults.append(f"ids from {smallest} to {largest}" + (f", {vocab_size} are known" if vocab_size else ""))
+    # Up to the last position that counts, every label that counts is the token that follows.
+    counted = np.flatnonzero(mask)
+    before_last = counted[:-1]
+    wrong = before_last[labels[before_last] != tokens[before_last + 1]]
+    if len(wrong):
+        at = int(wrong[0])
+        faults.append(f"position {at}: label {labels[at]}, but token {tokens[at + 1]} follows ({len(wrong)} such)")
+    return faults
+
+
+def verify(path: Path, vocab_size: int | None = None) -> list[str]:
+    """All that is wrong at `path` (a sequence file or a step's folder), a line each; [] if nothing is.
+
+    Raises:
+        InputError: nothing there.
+    """
+    manifest = finished_manifest(path) if path.is_dir() else None
+    faults: list[str] = []
+    found: dict[str, dict[str, Any]] = {}
+    for name in sequence_files(path, recursive=True):
+        try:
+            rows, checksum, file_faults = _verify_file(name, vocab_size)
+        except InputError as error:
+            faults.append(str(error))
+            continue
+        faults += file_faults
+        key = name.relative_to(path).as_posix() if path.is_dir() else name.name
+        found[key] = {"rows": rows, "checksum": f"{checksum:016x}"}
+    if path.is_dir():
+        faults += [f"{p}: is incomplete: run the step again" for p in sorted(path.rglob("*.partial"))]
+        if (path / ".tasks").exists():
+            faults.append(f"{path}: the step is not finished: run it again")
+    if manifest:
+        faults += _against_manifest(path, manifest, found)
+    return faults
+
+
+def _verify_file(path: Path, vocab_size: int | None) -> tuple[int, int, list[str]]:
+    faults, checksum = [], 0
+    with SequenceFile(path) as file:
+        with h5py.File(path) as plain:
+            stated = plain.attrs.get("n_examples")
+        if stated != len(file):
+            faults.append(f"{path}: n_examples is {stated}, there are {len(file)} rows")
+        for number in range(len(file)):
+            checksum = (checksum + row_checksum(file.read_compressed(number))) % CHECKSUM_RANGE
+            for fault in faults_of(file[number], vocab_size):
+                faults.append(f"{path}: row {number}: {fault}")
+        if len(faults) > ROWS_LISTED:
+            faults = [*faults[:ROWS_LISTED], f"{path}: and {len(faults) - ROWS_LISTED} more"]
+        return len(file), checksum, faults
+
+
+def _against_manifest(path: Path, manifest: dict[str, Any], found: dict[str, dict[str, Any]]) -> list[str]:
+    faults = []
+    stated = {name: file for name, file in manifest["outputs"].items() if name.endswith(".h5")}
+    for name in sorted(stated.keys() | found.keys()):
+        if name not in found:
+            faults.append(f"{path / name}: is missing or unreadable; the manifest lists it")
+        elif name not in stated:
+            faults.append(f"{path / name}: is not in the manifest")
+        else:
+            for key, what in (("rows", "rows"), ("checksum", "a checksum of the rows of")):
+                if stated[name][key] != found[name][key]:
+                    faults.append(
+                        f"{path / name}: has {what} {found[name][key]}, the manifest says {stated[name][key]}"
+                    )
+    if manifest["step"] == "shuffle" and not faults:
+        inputs = [Path(entry["path"]) for entry in manifest["settings"]["inputs"]]
+        if all(p.exists() for p in inputs) and _total(inputs) != _sum(file["checksum"] for file in found.values()):
+            faults.append(f"{path}: does not hold the rows of its inputs, each once")
+    return faults
+
+
+def _total(files: Iterable[Path]) -> int:
+    total = 0
+    for path in files:
+        with SequenceFile(path) as file:
+            total += sum(row_checksum(file.read_compressed(number)) for number in range(len(file)))
+    return total % CHECKSUM_RANGE
+
+
+def _sum(checksums: Iterable[str]) -> int:
+    return sum(int(checksum, 16) for checksum in checksums) % CHECKSUM_RANGE
