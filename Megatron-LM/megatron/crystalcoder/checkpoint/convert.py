@@ -16,7 +16,7 @@ from megatron.crystalcoder.checkpoint.directory import (
     new_directory,
     write_tracker,
 )
-from megatron.crystalcoder.checkpoint.hf_config import from_hf, packaged_directory, read_json
+from megatron.crystalcoder.checkpoint.hf_config import from_hf, hf_values, packaged_directory, read_json
 from megatron.crystalcoder.checkpoint.hf_writer import TOKENIZER_FILES, write_code, write_companions, write_weights
 from megatron.crystalcoder.checkpoint.megatron_args import to_args
 from megatron.crystalcoder.checkpoint.open import Checkpoint, open_checkpoint
@@ -115,11 +115,12 @@ def settle_config(checkpoint: Checkpoint, hf_config: Path | None) -> tuple[Model
     recorded = checkpoint.config
     if not checkpoint.mup_recorded:
         recorded = replace(recorded, mup=described.mup, layernorm_epsilon=described.layernorm_epsilon)
-    for field, value in vars(recorded).items():
+    theirs = hf_values(described)
+    for key, value in hf_values(recorded).items():
         # Rotary has no table of positions, so that length is a habit and no property of the weights.
-        if field != "max_sequence_length" and getattr(described, field) != value:
+        if key != "n_positions" and theirs[key] != value:
             raise InputError(
-                f"{hf_config / 'config.json'}: says {field} {getattr(described, field)}, but {checkpoint.path} has "
+                f"{hf_config / 'config.json'}: says {key} {theirs[key]}, but {checkpoint.path} has "
                 f"{value}: pass the config.json of this model"
                 + (" (the muP constants are taken from it)" if not checkpoint.mup_recorded else ", or none")
             )

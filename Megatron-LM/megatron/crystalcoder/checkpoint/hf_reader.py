@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +20,7 @@ from megatron.crystalcoder.checkpoint.weights import logical_shapes
 # The attention's causal mask and its fill value: buffers that older transformers stored.
 _BUFFER = re.compile(r"transformer\.h\.\d+\.attn\.(masked_)?bias")
 _HEAD, _EMBEDDING = "lm_head.weight", "transformer.wte.weight"
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WEIGHT_FILES = (
     "model.safetensors.index.json",
     "model.safetensors",
@@ -47,7 +49,10 @@ class HFWeights:
                     raise InputError(f"{file}: tensor {name} is missing, though the index puts it there")
                 if _BUFFER.fullmatch(name):
                     continue
-                shapes[name], self._dtypes[name] = stored[name]
+                shapes[name], dtype = stored[name]
+                if dtype not in SAFETENSORS_DTYPES.values():
+                    raise InputError(f"{file}: tensor {name} is stored as {dtype}: take weights that are not quantised")
+                self._dtypes[name] = dtype
                 self._file_of[name] = file
         expected = logical_shapes(self.config)
         if self.config.tie_word_embeddings and _HEAD in shapes:
@@ -90,13 +95,13 @@ def _weight_files(path: Path) -> dict[Path, list[str] | None]:
     return files
 
 
-def _describe(file: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every tensor of a file, from its header."""
+def _describe(file: Path) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Shape and dtype (a name, where it is none that weights come in) of every tensor of a file, from its header."""
     if file.suffix == ".safetensors":
         with _open_safetensors(file) as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
             return {
-                name: (tuple(piece.get_shape()), _SAFETENSORS_DTYPES[piece.get_dtype()])
+                name: (tuple(piece.get_shape()), SAFETENSORS_DTYPES.get(piece.get_dtype(), piece.get_dtype()))
                 for name, piece in slices.items()
             }
     content = safe_load.load(file)
@@ -119,15 +124,3 @@ def _open_safetensors(file: Path) -> safe_open:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
         raise InputError(f"{file}: cannot be read, the file is damaged or cut short: copy it again") from error
-
-
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}

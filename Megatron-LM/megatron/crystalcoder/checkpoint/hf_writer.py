@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron.crystalcoder.checkpoint.hf_config import hf_values, packaged_directory, read_json
+from megatron.crystalcoder.checkpoint.hf_reader import SAFETENSORS_DTYPES
 from megatron.crystalcoder.checkpoint.weights import WeightSource, logical_shapes
 from megatron.crystalcoder.model.config import ModelConfig
 
@@ -25,12 +26,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _GENERATION_CONFIG = "generation_config.json"
-SAFETENSORS_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 def write_weights(target: Path, source: WeightSource, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -65,7 +61,7 @@ def _write_safetensors(path: Path, source: WeightSource, shapes: dict[str, tuple
     for name, shape in shapes.items():
         dtype = source.dtype(name)
         end = offset + _bytes(shape, dtype)
-        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # tensors start aligned

@@ -14,6 +14,7 @@ from typing import IO, Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
@@ -21,7 +22,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from data_prep.errors import InputError
 from megatron.crystalcoder.checkpoint.verify import check_shapes
-from megatron.crystalcoder.checkpoint.weights import MegatronWeights, Row, ShapesOnly, stage_rows, to_full
+from megatron.crystalcoder.checkpoint.weights import MegatronWeights, Row, megatron_shape, stage_rows
 from megatron.crystalcoder.model.config import ModelConfig
 
 METADATA, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
@@ -53,11 +54,10 @@ class TorchDistWeights(MegatronWeights):
         # A model whose layers differ is stored layer by layer; both ways are read.
         self._is_stacked = f"{_LAYERS}0.mlp.linear_fc1.weight" not in self._stored
         expected: dict[str, tuple[int, ...]] = {}
-        shapes = ShapesOnly(config)
         for row in stage_rows(config):
             key, layer = self._locate(row)
-            full = to_full(row, [shapes.read(name) for name in row.hf], config)
-            expected[key] = tuple(full.shape) if layer is None else (config.num_layers, *full.shape)
+            shape = megatron_shape(row, config)
+            expected[key] = shape if layer is None else (config.num_layers, *shape)
         check_shapes({key: tuple(entry.size) for key, entry in self._stored.items()}, expected, path)
 
     def read_full(self, row: Row, pp_rank: int) -> Tensor:
@@ -74,7 +74,7 @@ class TorchDistWeights(MegatronWeights):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch's note that there is no process group: that is the point
                 dcp.load({key: tensor}, storage_reader=self._reader, planner=planner, no_dist=True)
-        except Exception as error:  # torch wraps whatever a damaged file raises
+        except CheckpointException as error:  # torch wraps whatever a damaged file raises
             raise InputError(
                 f"{self._path}: {key} cannot be read, a .distcp file is missing or damaged: copy it again"
             ) from error

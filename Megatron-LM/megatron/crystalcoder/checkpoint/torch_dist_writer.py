@@ -16,13 +16,21 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from megatron.crystalcoder.checkpoint.megatron_args import CHECKPOINT_VERSION
 from megatron.crystalcoder.checkpoint.torch_dist_reader import COMMON, FORMAT, stacked
-from megatron.crystalcoder.checkpoint.weights import Row, ShapesOnly, WeightSource, stage_rows, to_full
+from megatron.crystalcoder.checkpoint.weights import (
+    Row,
+    WeightSource,
+    megatron_dtype,
+    megatron_shape,
+    stage_rows,
+    to_full,
+)
 from megatron.crystalcoder.model.config import ModelConfig
 
 # megatron-core's linear layers ask for their (empty) extra state when they load.
@@ -37,7 +45,10 @@ def write_torch_dist(
     writer = dcp.FileSystemWriter(iteration_dir, single_file_per_rank=True, thread_count=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's note that there is no process group: that is the point
-        dcp.save({}, storage_writer=writer, planner=_TablePlanner(source, config), no_dist=True)
+        try:
+            dcp.save({}, storage_writer=writer, planner=_TablePlanner(source, config), no_dist=True)
+        except CheckpointException as error:
+            raise error.failures[0][0] from error  # what the source raised, such as a NaN's InputError
     common = {"args": args, "checkpoint_version": CHECKPOINT_VERSION, "iteration": iteration}
     torch.save(common, iteration_dir / COMMON)
     formats = {
@@ -73,17 +84,18 @@ class _TablePlanner(DefaultSavePlanner):
         return full.view(write_item.tensor_data.chunk.sizes)
 
     def _tensor_items(self) -> Iterator[WriteItem]:
-        shapes = ShapesOnly(self._config, dtypes=self._source)
         for row in stage_rows(self._config):
             key, layer = stacked(row.sharded_name)
-            full = to_full(row, [shapes.read(name) for name in row.hf], self._config)
-            size, sizes, offsets = full.shape, full.shape, torch.Size([0] * full.dim())
+            size = sizes = torch.Size(megatron_shape(row, self._config))
+            offsets = torch.Size([0] * len(size))
             if layer is not None:
-                size = torch.Size([self._config.num_layers, *full.shape])
-                sizes, offsets = torch.Size([1, *full.shape]), torch.Size([layer, *offsets])
+                size = torch.Size([self._config.num_layers, *size])
+                sizes, offsets = torch.Size([1, *sizes]), torch.Size([layer, *offsets])
             index = MetadataIndex(key, offsets)
             self._rows[index] = row
-            data = TensorWriteData(ChunkStorageMetadata(offsets, sizes), TensorProperties(dtype=full.dtype), size)
+            data = TensorWriteData(
+                ChunkStorageMetadata(offsets, sizes), TensorProperties(dtype=megatron_dtype(row, self._source)), size
+            )
             yield WriteItem(index, WriteItemType.SHARD, tensor_data=data)
 
     def _extra_state_items(self) -> Iterator[WriteItem]:

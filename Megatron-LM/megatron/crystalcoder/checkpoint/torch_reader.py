@@ -18,8 +18,8 @@ from megatron.crystalcoder.checkpoint.weights import (
     TIED_HEAD,
     MegatronWeights,
     Row,
-    ShapesOnly,
-    rank_tensors,
+    megatron_shape,
+    stage_rows,
     unshard,
 )
 from megatron.crystalcoder.model.config import ModelConfig
@@ -62,14 +62,11 @@ class TorchWeights(MegatronWeights):
         config.check_layout(tp_size, pp_size)
         self._has_head_copy = config.tie_word_embeddings and pp_size > 1
         self._dtypes: dict[tuple[str, int], torch.dtype] = {}
-        shapes = ShapesOnly(config)
         for pp_rank in range(pp_size):
+            rows = stage_rows(config, pp_rank, pp_size)
+            expected = {self._name(row): megatron_shape(row, config, tp_size) for row in rows}
             for tp_rank in range(tp_size):
                 found = self._load(tp_rank, pp_rank)
-                layout = {"tp_rank": tp_rank, "tp_size": tp_size, "pp_rank": pp_rank, "pp_size": pp_size}
-                expected = {
-                    self._name(row): tuple(tensor.shape) for row, tensor in rank_tensors(shapes, config, **layout)
-                }
                 check_shapes(
                     {name: tuple(t.shape) for name, t in found.items()}, expected, self._file(tp_rank, pp_rank)
                 )

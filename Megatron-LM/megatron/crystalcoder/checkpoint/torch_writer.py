@@ -12,7 +12,14 @@ from torch import Tensor
 from megatron.crystalcoder.checkpoint import safe_load
 from megatron.crystalcoder.checkpoint.directory import rank_file
 from megatron.crystalcoder.checkpoint.megatron_args import CHECKPOINT_VERSION
-from megatron.crystalcoder.checkpoint.weights import ShapesOnly, WeightSource, rank_tensors, shard, stage_rows, to_full
+from megatron.crystalcoder.checkpoint.weights import (
+    WeightSource,
+    megatron_dtype,
+    megatron_shape,
+    shard,
+    stage_rows,
+    to_full,
+)
 from megatron.crystalcoder.model.config import ModelConfig
 
 
@@ -31,26 +38,20 @@ def write_torch(
     that the zip's checksums are those of the empty file; `unzip -t` would.)
     """
     config.check_layout(tp_size, pp_size)
-    shapes = ShapesOnly(config, dtypes=source)
     for pp_rank in range(pp_size):
         files = [rank_file(iteration_dir, tp_rank, pp_rank, pp_size) for tp_rank in range(tp_size)]
-        for tp_rank, file in enumerate(files):
-            layout = {"tp_rank": tp_rank, "tp_size": tp_size, "pp_rank": pp_rank, "pp_size": pp_size}
-            # torch.empty takes no memory until it is written to.
-            model = {
-                row.mcore: torch.empty(tensor.shape, dtype=tensor.dtype)
-                for row, tensor in rank_tensors(shapes, config, **layout)
-            }
-            content = {
-                "args": args,
-                "checkpoint_version": CHECKPOINT_VERSION,
-                "iteration": iteration,
-                "model": model,
-            }
+        rows = stage_rows(config, pp_rank, pp_size)
+        # torch.empty takes no memory until it is written to.
+        model = {
+            row.mcore: torch.empty(megatron_shape(row, config, tp_size), dtype=megatron_dtype(row, source))
+            for row in rows
+        }
+        content = {"args": args, "checkpoint_version": CHECKPOINT_VERSION, "iteration": iteration, "model": model}
+        for file in files:
             file.parent.mkdir(parents=True)
             with torch.serialization.skip_data():
                 torch.save(content, file)
-        for row in stage_rows(config, pp_rank, pp_size):
+        for row in rows:
             full = to_full(row, [source.read(name) for name in row.hf], config)
             for tp_rank, file in enumerate(files):
                 _fill(file, row.mcore, shard(row, full, tp_rank, tp_size))

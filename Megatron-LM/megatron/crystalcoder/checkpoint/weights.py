@@ -17,6 +17,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from data_prep.errors import InputError
 from megatron.crystalcoder.model.config import ModelConfig
 
 Kind = Literal["plain", "transpose", "qkv", "gated"]
@@ -144,9 +145,35 @@ def stage_rows(config: ModelConfig, pp_rank: int = 0, pp_size: int = 1) -> list[
 
 def logical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every logical tensor; the copy of the embedding under a tied head is not one."""
+    return {name: _logical_shape(row, config) for row in stage_rows(config) for name in row.hf}
+
+
+def _logical_shape(row: Row, config: ModelConfig) -> tuple[int, ...]:
     h = config.hidden_size
     letters = {"v": config.vocab_size, "h": h, "3h": 3 * h, "f": config.ffn_hidden_size}
-    return {name: tuple(letters[x] for x in row.shape.split()) for row in stage_rows(config) for name in row.hf}
+    return tuple(letters[letter] for letter in row.shape.split())
+
+
+def megatron_shape(row: Row, config: ModelConfig, tp_size: int = 1) -> tuple[int, ...]:
+    """Shape of a row's shard at this tensor-parallel size; of its full tensor at size 1."""
+    shape = list(_logical_shape(row, config))
+    if row.kind != "plain":
+        shape.reverse()
+    if row.kind == "gated":
+        shape[0] *= 2
+    if row.split is not None:
+        shape[row.split] //= tp_size
+    return tuple(shape)
+
+
+def megatron_dtype(row: Row, source: WeightSource) -> torch.dtype:
+    """Dtype of a row's tensor. Raises InputError when its parts are stored in different ones."""
+    first, *others = (source.dtype(name) for name in row.hf)
+    if any(other != first for other in others):
+        raise InputError(
+            f"{' and '.join(row.hf)} have different dtypes, but become one tensor: choose one with --dtype"
+        )
+    return first
 
 
 def to_full(row: Row, parts: Sequence[Tensor], config: ModelConfig) -> Tensor:
@@ -220,24 +247,6 @@ def rank_state_dict(
     """What this rank's `GPTModel.load_state_dict(strict=True)` takes."""
     layout = {"tp_rank": tp_rank, "tp_size": tp_size, "pp_rank": pp_rank, "pp_size": pp_size}
     return {row.mcore: tensor for row, tensor in rank_tensors(source, config, **layout)}
-
-
-class ShapesOnly:
-    """A source without data: its tensors are on torch's meta device. Through the table it tells every rank's shapes."""
-
-    def __init__(self, config: ModelConfig, dtypes: WeightSource | None = None) -> None:
-        self.config = config
-        self._shapes = logical_shapes(config)
-        self._dtypes = dtypes
-
-    def names(self) -> Iterable[str]:
-        return self._shapes
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._dtypes.dtype(name) if self._dtypes else torch.float32
-
-    def read(self, name: str) -> Tensor:
-        return torch.empty(self._shapes[name], dtype=self.dtype(name), device="meta")
 
 
 class MegatronWeights(ABC):
