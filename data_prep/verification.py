@@ -95,9 +95,7 @@ def _against_manifest(path: Path, manifest: dict[str, Any], found: dict[str, dic
         else:
             for key, what in (("rows", "rows"), ("checksum", "a checksum of the rows of")):
                 if stated[name][key] != found[name][key]:
-                    faults.append(
-                        f"{path / name}: has {what} {found[name][key]}, the manifest says {stated[name][key]}"
-                    )
+                    faults.append(f"{path / name}: has {what} {found[name][key]}, not {stated[name][key]} as stated")
     if manifest["step"] == "shuffle" and not faults:
         inputs = [Path(entry["path"]) for entry in manifest["settings"]["inputs"]]
         if all(p.exists() for p in inputs) and _total(inputs) != _sum(file["checksum"] for file in found.values()):
