@@ -75,8 +75,8 @@ def _on_each_rank(folder: str, layouts: list[tuple[int, int]]) -> list[Any]:
 
 @pytest.mark.parametrize("layouts", [[(1, 1)], [(1, 4), (2, 2)]])
 def test_live_models(tmp_path: Path, layouts: list[tuple[int, int]]) -> None:
-    """Planted: megatron-core's two norms exchanged in the table: every layout differs in 4 names a layer; a converted
-    torch_dist without the linears' extra state: dist_checkpointing.load raises."""
+    """Planted: the two norms' keys exchanged when torch_dist is written: dist_checkpointing.load fills both wrongly;
+    torch_dist written without the linears' extra state: dist_checkpointing.load raises."""
     weights = distinct_weights()
     hf = save_hf(tmp_path / "hf", weights)
     convert(hf, tmp_path / "torch", format="torch", tensor_parallel=2, pipeline_parallel=4)
