@@ -1,7 +1,7 @@
 """Conversions there and back are the identity, in every format and between layouts.
 
-A mistake made both ways (the gate's bias below the linear one's, qkv not regrouped) passes a round trip; planted, it does.
-What Megatron's tensors must be is held in test_weights.py.
+A mistake made both ways (gate and linear bias exchanged, qkv not regrouped) passes a round trip; planted, it does. What
+Megatron's tensors must be is held in test_weights.py.
 """
 
 from __future__ import annotations
