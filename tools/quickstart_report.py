@@ -14,6 +14,7 @@ from rich.table import Table
 from data_prep.sequences import SequenceFile, sequence_files
 from tools.quickstart_runner import Done
 
+HIGHEST_LOSS = 10.0  # of the plot
 AVERAGED = 10  # the last losses, to even out which rows the very last step happened to see
 
 
@@ -77,6 +78,8 @@ def plot_losses(stages: Sequence[Done], out: Path) -> None:
         tokens = [(before + record["consumed_tokens"]) / 1e6 for record in records]
         axes.plot(tokens, [record["lm_loss"] for record in records], label=stage.name, linewidth=1)
         before += records[-1]["consumed_tokens"]
+    # With muP's constants a new model is sure to see each token again: its first few losses are far off the scale.
+    axes.set_ylim(top=min(axes.get_ylim()[1], HIGHEST_LOSS))
     axes.set(xlabel="tokens (millions)", ylabel="loss (nats per token)", title="CrystalCoder quickstart")
     axes.grid(alpha=0.3)
     axes.legend()

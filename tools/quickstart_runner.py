@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +20,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from data_prep.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 LAST_LINES = 15  # of a failed stage's log
@@ -97,11 +100,19 @@ class Runner:
     """Runs stages in order below one directory; stamps and logs lie in `stamps/` and `logs/` there."""
 
     def __init__(self, directory: Path, console: Console) -> None:
+        """Take hold of the directory. Raises InputError when another run has it."""
         self.directory = directory
         self.console = console
         self._fingerprint = _digest([version("crystalcoder"), platform.python_version(), sys.prefix])
         for name in ("stamps", "logs"):
             (directory / name).mkdir(parents=True, exist_ok=True)
+        self._lock = (directory / "stamps" / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the process ends, however it ends
+        except OSError:
+            raise InputError(
+                f"{directory}: another quickstart runs in it: wait for it, or choose another --dir"
+            ) from None
 
     def log(self, stage: Stage) -> Path:
         """Where a stage's output is kept."""

@@ -215,7 +215,7 @@ class Chain:
             "ITERS": self.scale.tuning_steps,
             "GLOBAL_BATCH_SIZE": self.scale.tuning_batch_size,
             "SEQ_LENGTH": self._seq_length,
-            "EXTRA_ARGS": "--lr 2e-3 --min-lr 2e-4",
+            "EXTRA_ARGS": "--loss-reduction token --lr 2e-3 --min-lr 2e-4",  # a small model wants a higher rate
         }
         micro_batch_size = min(8, self.scale.tuning_batch_size)
         return Stage(

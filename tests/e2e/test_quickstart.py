@@ -74,12 +74,12 @@ def test_the_chain_runs_from_text_to_an_answer(miniature: tuple[Path, str]) -> N
 
 def test_a_second_run_skips_every_stage(miniature: tuple[Path, str]) -> None:
     run, _ = miniature
-    stamps = {path.name: path.read_text() for path in (run / "stamps").iterdir()}
+    stamps = {path.name: path.read_text() for path in (run / "stamps").glob("*.json")}
     again = quickstart(run, "--scale", "tiny")
     assert again.returncode == 0
     assert again.stdout.count("skipped") == len(stamps)
     assert "$ crystalcoder data" not in again.stdout
-    assert {path.name: path.read_text() for path in (run / "stamps").iterdir()} == stamps
+    assert {path.name: path.read_text() for path in (run / "stamps").glob("*.json")} == stamps
 
 
 def test_fresh_deletes_a_run_and_nothing_else(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from data_prep.errors import InputError
 from tools.quickstart_report import plot_losses, stage_table
 from tools.quickstart_runner import ROOT, Command, Done, Runner, Stage, StageFailed
 
@@ -81,6 +82,14 @@ def test_a_failing_stage_shows_the_end_of_its_log_and_is_not_stamped(tmp_path: P
     forgetful = Stage("forgetful", (Command(("python", "-c", "")),), outputs=(tmp_path / "absent",))
     with pytest.raises(StageFailed, match=r"did not write .*absent"):
         run_all(tmp_path / "run", [forgetful])
+
+
+def test_two_runs_in_one_directory_do_not_mix(tmp_path: Path) -> None:
+    first = Runner(tmp_path, Console())
+    with pytest.raises(InputError, match="another quickstart runs in it"):
+        Runner(tmp_path, Console())
+    del first
+    Runner(tmp_path, Console())
 
 
 def test_ending_the_run_ends_its_stage(tmp_path: Path) -> None:
