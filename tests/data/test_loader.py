@@ -32,7 +32,7 @@ def batches(settings: DataSettings, steps: int, consumed: int = 0, rank: int = 0
 
 
 def test_tensors_are_what_the_model_takes(settings: DataSettings) -> None:
-    """Types, shapes and values of a batch, plane by plane. Planted: planes 1 and 2 swapped in `_collate`, fails."""
+    """Types, shapes and values of a batch, plane by plane. Planted: labels from plane 1, fails."""
     rows, order = open_data(settings, seq_length=S, vocab_size=V)
     [first, second] = batches(settings, 2)
     numbers = order.rows(4, micro_batch_size=4, dp_rank=0, dp_size=1)
@@ -50,7 +50,7 @@ def test_tensors_are_what_the_model_takes(settings: DataSettings) -> None:
 
 
 def test_workers_do_not_change_the_stream(settings: DataSettings) -> None:
-    """0, 1 and 3 workers over more than an epoch, from the middle of one. Planted: worker-sharded order, fails."""
+    """0, 1 and 3 workers over more than an epoch, from the middle of one. Planted: batches taken as workers finish, fails."""
     expected = batches(settings, 30, consumed=40)
     for workers in (1, 3):
         for one, other in zip(expected, batches(settings, 30, consumed=40, workers=workers), strict=True):

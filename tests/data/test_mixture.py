@@ -34,7 +34,7 @@ LENGTHS = [1_000, 900, 7_000, 12_345, 1_100, 700, 650]
 def test_epoch_length_follows_the_largest_sets() -> None:
     """T = max length / weight over the sets above 5 %; each gives int(T * weight).
 
-    The first line is a recorded case of the reference. Planted: >= 5 %, zero weights kept in the lengths: both fail.
+    The first line is a recorded case of the reference. Planted: >= 5 %: fails.
     """
     assert epoch_counts([0.9, 0.06, 0.04], [100, 30, 20]) == [450, 30, 20]
     assert epoch_counts([90, 6, 4], [100, 30, 20]) == [450, 30, 20]
@@ -71,7 +71,7 @@ def test_a_wrong_subset_is_refused(text: str) -> None:
 def test_an_epoch_has_exact_counts_and_every_stretch_has_the_proportions() -> None:
     """Counts of an epoch exactly; of any prefix within one block's width; per block boundary within one sample.
 
-    Planted: block share rounded on its own (not cumulatively): the epoch's counts miss by up to 12, fails.
+    Planted: block share rounded on its own (not cumulatively): the epoch's counts miss by 18, fails.
     """
     order = make_mixture(PHASE_1, LENGTHS)
     length = sum(order.counts)

@@ -107,7 +107,7 @@ def test_shuffled_sees_every_row_once_an_epoch(n: int) -> None:
 def test_global_batches_do_not_depend_on_the_layout(kind: str) -> None:
     """The rows of each global batch of 12 are the same for every micro-batch size and number of ranks, and in order.
 
-    Planted: ranks dealt alternate samples of a stream that starts at rank * n / dp: fails.
+    Planted: each rank takes every dp-th sample: fails.
     """
     order = make_order(kind, 50, seed=1)  # type: ignore[arg-type]
     expected = flat(order, 240, m=1, dp=1)
@@ -133,7 +133,7 @@ def test_permute_shuffles_well() -> None:
     """Over 20,000 keys a row lands everywhere equally often, and neighbours are not kept together.
 
     Chi-square of 100 cells has mean 99 and standard deviation 14: below 170 is five of them. Planted: 2 rounds in place
-    of 8: chi-square of the distances 1e4, fails.
+    of 8: chi-square 1.8e5, fails.
     """
     n, keys = 100, 20_000
     places = np.array([permute(np.array([17, 18]), n, 0, key) for key in range(keys)])

@@ -28,7 +28,7 @@ def contents(rows: Rows) -> np.ndarray:
 def test_both_formats_give_the_same_rows_in_the_order_of_the_files(tmp_path: Path) -> None:
     """JSONL, HDF5 and directories of them mixed: values, order and dtype; a row is written nowhere but read as it is.
 
-    Planted: labels rolled by one in `_checked`; mask and labels swapped: both fail.
+    Planted: labels rolled by one in `_checked`; the keys of mask and labels swapped: both fail.
     """
     data = make_rows(25)
     folder = tmp_path / "part"
@@ -161,7 +161,7 @@ def test_places_without_rows_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_fingerprint_follows_the_rows_not_the_names(tmp_path: Path) -> None:
-    """Planted: the path in the digest; the number of rows left out (h5 of 2 against 3 equal rows): both fail."""
+    """Planted: the path in the digest: fails."""
     data = make_rows(6)
     one, two = write_jsonl(tmp_path / "a.jsonl", as_objects(data)), write_h5(tmp_path / "b.h5", data)
     prints = [opened(one).fingerprint(), opened(two).fingerprint(), opened(one, two).fingerprint()]

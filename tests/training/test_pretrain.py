@@ -61,8 +61,8 @@ def test_losses_do_not_depend_on_the_layout(repo_root: Path, data_root: Path) ->
     """Six steps from random weights on a mixture: one rank; TP2 + sequence parallelism; two data-parallel ranks with
     the distributed optimizer and other micro-batches; then two steps more, resumed at another layout.
 
-    Planted: initial weights seeded by rank (TP2 differs by 0.4); rows dealt by rank out of order in `StreamOrder.rows`
-    (DP2 differs by 0.02); loss_reduction "token" for one of them (0.4): each fails.
+    Planted: initial weights seeded by rank (TP2 differs by 2.2); ranks that read overlapping rows (DP2 differs by 1.1);
+    sequences of a micro-batch not divided by (other micro-batches differ by 160): each fails.
     """
     common = ["--data_root", str(data_root), "--model_dir"]
     params = repo_root / "params/tiny/phase1.yaml"
@@ -78,7 +78,7 @@ def test_losses_do_not_depend_on_the_layout(repo_root: Path, data_root: Path) ->
         params,
         [
             [*common, str(data_root / "c"), "--tp", "2", "--sequence-parallel"],
-            [*common, str(data_root / "d"), "--micro-batch-size", "1", "--use-distributed-optimizer"],
+            [*common, str(data_root / "d"), "--micro-batch-size", "2", "--use-distributed-optimizer"],
             [*common, str(data_root / "a"), "--tp", "2", "runconfig.max_steps=8"],
         ],
     )
@@ -104,7 +104,7 @@ def run_command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_the_command_trains_phases_and_evaluates(repo_root: Path, data_root: Path) -> None:
     """Phase 1 on two ranks through the launcher, phase 2 from its checkpoint at step 0, then an evaluation of it.
 
-    Planted: finetune=False in the configuration: phase 2 finds itself at step 6 and does nothing, fails.
+    Planted: finetune=False in the configuration: phase 2 takes phase 1's place in its data for its own, fails.
     """
     small = ["--data_root", str(data_root), *SMALL, "runconfig.max_steps=3"]
     first = run_command(
