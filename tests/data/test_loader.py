@@ -50,7 +50,7 @@ def test_tensors_are_what_the_model_takes(settings: DataSettings) -> None:
 
 
 def test_workers_do_not_change_the_stream(settings: DataSettings) -> None:
-    """0, 1 and 3 workers over more than an epoch, from the middle of one. Planted: batches taken as workers finish, fails."""
+    """0, 1 and 3 workers over more than an epoch, from amid one. Planted: batches taken as workers finish, fails."""
     expected = batches(settings, 30, consumed=40)
     for workers in (1, 3):
         for one, other in zip(expected, batches(settings, 30, consumed=40, workers=workers), strict=True):
