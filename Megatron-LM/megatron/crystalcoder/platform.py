@@ -85,7 +85,7 @@ def initialize_model_parallel(parallel: ParallelConfig, seed: int = 1234) -> Non
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    parallel_state.destroy_model_parallel()
+    _destroy_model_parallel_groups()
     parallel_state.initialize_model_parallel(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -93,12 +93,20 @@ def initialize_model_parallel(parallel: ParallelConfig, seed: int = 1234) -> Non
 
 def shutdown() -> None:
     """Leave the process group."""
-    if not dist.is_initialized():
-        return
+    if dist.is_initialized():
+        _destroy_model_parallel_groups()
+        dist.destroy_process_group()
+
+
+def _destroy_model_parallel_groups() -> None:
+    """Forget the layout and end its groups: megatron-core only drops them, and each gloo group keeps its threads."""
     from megatron.core import parallel_state
 
+    groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
     parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    for group in groups:
+        if group in dist.distributed_c10d._world.pg_map:
+            dist.destroy_process_group(group)
 
 
 class _CudaMeansCpu(TorchFunctionMode):
