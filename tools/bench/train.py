@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -86,18 +87,18 @@ def _config(path: Path) -> TrainConfig:
     )
 
 
-def _batches(config: TrainConfig):  # type: ignore[no-untyped-def]
+def _batches(config: TrainConfig) -> Iterator[dict[str, torch.Tensor]]:
     rows, order = open_data(config.data, seq_length=SEQUENCE, vocab_size=MODEL.vocab_size)
     return micro_batches(rows, order, consumed_samples=0, micro_batch_size=MICRO_BATCH, dp_rank=0, dp_size=1)
 
 
-def _trainer_step(config: TrainConfig, weights: WeightSource):  # type: ignore[no-untyped-def]
+def _trainer_step(config: TrainConfig, weights: WeightSource) -> Callable[[], float]:
     model, optimizer = build(config, Start("new weights", weights))
     data = _batches(config)
     return lambda: train_step(model, optimizer, data, config, lr=LR).lm_loss
 
 
-def _plain_step(config: TrainConfig, weights: WeightSource):  # type: ignore[no-untyped-def]
+def _plain_step(config: TrainConfig, weights: WeightSource) -> Callable[[], float]:
     """What one writes by hand: the Hugging Face model, torch's fused AdamW, gradient accumulation, clipping."""
     from CrystalCoder import CrystalCoderConfig, CrystalCoderLMHeadModel
 

@@ -191,7 +191,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure, no loss
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             # Counted for empty groups too: every rank of a distributed optimizer must agree on the step.
