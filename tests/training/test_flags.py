@@ -122,6 +122,7 @@ def test_missing_checkpoint(tmp_path: Path) -> None:
     missing = tmp_path / "nothing"
     assert str(missing) in refusal(f"{REQUIRED} --exit-on-missing-checkpoint", missing)
     assert str(missing) in refusal(f"{REQUIRED} --use-checkpoint-args", missing)
+    assert f"{missing}: no checkpoint there" in refusal(REQUIRED, missing)
     assert "--load" in refusal(f"{REQUIRED} --exit-on-missing-checkpoint")
     assert not missing.exists()
 

@@ -16,7 +16,7 @@ def at(schedule: WarmupDecay | PiecewiseSchedule, step: int, batch: int = 1024) 
 
 
 def test_reference_7b_run() -> None:
-    """1600 iterations of 1024 with a warm-up fraction of 0.001: W = 1638.4 samples, so steps at 0, 1.25e-4, then cosine.
+    """1600 iterations of 1024, warm-up fraction 0.001: W = 1638.4 samples, so steps at 0, 1.25e-4, then cosine.
 
     Planted: warm-up counted after the step -> 1.25e-4 first; W rounded to whole iterations -> 2e-4 second.
     """

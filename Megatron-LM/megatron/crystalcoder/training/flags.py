@@ -302,7 +302,8 @@ def _model_from_flags(flags: argparse.Namespace, given: dict[str, Any], mup: dic
     sizes = ("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "ffn_hidden_size")
     missing = [flag for flag, (field, _) in _MODEL_FLAGS.items() if field in sizes and field not in given]
     if missing:
-        raise InputError(f"no checkpoint to take the sizes from: give --load one, or {' '.join(missing)}")
+        where = f"{flags.load}: no checkpoint there" if flags.load else "no checkpoint"
+        raise InputError(f"{where} to take the sizes from: give --load one, or {' '.join(missing)}")
     head_dim = given["hidden_size"] // given["num_attention_heads"]
     percent = given.pop("rotary_percent", 1.0)
     return ModelConfig(
