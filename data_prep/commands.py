@@ -193,6 +193,23 @@ def verify(
     print(f"{path}: nothing wrong")
 
 
+@app.command()
+def locate(
+    path: Annotated[Path, typer.Argument(help="A sequence file, or a folder (its files in order)")],
+    row: Annotated[int, typer.Argument(help="Number of the sequence, from 0")],
+    characters: Annotated[int, typer.Option(help="How much of each document to print; 0 for none")] = 300,
+) -> None:
+    """Print the source documents of one sequence."""
+    from data_prep.inspection import locate as locate_row
+
+    for span, text in locate_row(path, row):
+        print(f"{span.path} document {span.document}, from its token {span.start} on")
+        if text is None and characters:
+            print("    (the file is not here)")
+        elif text and characters:
+            print("    " + text[:characters].replace("\n", "\n    "))
+
+
 def _existing(path: Path) -> Path:
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")

@@ -11,6 +11,7 @@ from data_prep.engine import Task, run_step
 from data_prep.errors import InputError
 from data_prep.fim import FimSettings, RowFim
 from data_prep.manifest import Record, input_identity, record
+from data_prep.provenance import Span
 from data_prep.reference_fim import ReferenceFimTask, fim_file_like_reference
 from data_prep.sequences import SequenceFile, SequenceWriter, sequence_files
 from data_prep.tokenizer import load_tokenizer
@@ -94,15 +95,21 @@ def fim_files(
     return run_step("fim", out, tasks, work, settings=identity, processes=processes, overwrite=overwrite)
 
 
+def _spans(source: SequenceFile, number: int) -> list[list[Span]] | None:
+    spans = source.spans(number)
+    return None if spans is None else [spans]
+
+
 def fim_file(task: FimTask) -> Record:
     """Do one file in one epoch: what the engine's processes run."""
     transform = RowFim(load_tokenizer(task.tokenizer), task.settings)
     with SequenceFile(task.source) as source, SequenceWriter(task.target, source.max_seq_length) as target:
         if task.settings.rate == 0:
-            target.write_compressed(source.read_compressed(number) for number in range(len(source)))
+            for number in range(len(source)):
+                target.write_compressed([source.read_compressed(number)], _spans(source, number))
         else:
             for number, row in enumerate(source.rows()):
-                target.write(transform(row, task.epoch, task.name, number)[None])
+                target.write(transform(row, task.epoch, task.name, number)[None], _spans(source, number))
     counts = dict(transform.counts) | {"sequences": target.num_rows}
     output = Path(task.target).relative_to(task.out).as_posix()
     return record(inputs=[task.source], outputs={output: target.summary}, counts=counts)

@@ -13,7 +13,9 @@ from rich.text import Text
 
 from data_prep.errors import InputError
 from data_prep.manifest import finished_manifest
+from data_prep.provenance import Span
 from data_prep.sequences import SequenceFile, sequence_files
+from data_prep.sources import FaultPolicy, read_documents
 from data_prep.tokenizer import Tokenizer
 from data_prep.verification import faults_of
 
@@ -73,6 +75,34 @@ def coloured(row: np.ndarray, tokenizer: Tokenizer) -> Text:
             text.append(tokenizer.decode_inside(tokens[start:end]), style)
             start = end
     return text
+
+
+def locate(path: Path, row: int) -> list[tuple[Span, str | None]]:
+    """The documents of sequence `row` (counted over the sorted files at `path`) and their texts, where still there.
+
+    Raises:
+        InputError: no such sequence, or a file that does not say where its sequences came from.
+    """
+    files = sequence_files(path)
+    number = row
+    for name in files:
+        with SequenceFile(name) as file:
+            if not 0 <= number < len(file):
+                number -= len(file)
+                continue
+            spans = file.spans(number)
+            if spans is None:
+                raise InputError(f"{name}: does not say where its sequences came from")
+            return [(span, _text_of(span)) for span in spans]
+    raise InputError(f"{path}: sequence {row} is not there: it has {row - number} from 0 on")
+
+
+def _text_of(span: Span) -> str | None:
+    try:
+        documents = read_documents(span.path, FaultPolicy("skip"))
+        return next((document.text for document in documents if document.number == span.document), None)
+    except InputError:
+        return None
 
 
 def show(path: Path, tokenizer: Tokenizer | None, *, samples: list[int], console: Console) -> Statistics:

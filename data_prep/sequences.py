@@ -2,10 +2,11 @@
 
 A file holds one dataset `data`, int32 little-endian, shape (n, 3, msl): n sequences of msl positions, with the planes
 0 = token ids, 1 = loss mask (0 or 1), 2 = labels (the token that follows each position). Chunks are one sequence,
-(1, 3, msl), compressed with HDF5's gzip filter; the root attribute `n_examples` is n. Any HDF5 reader opens it.
+(1, 3, msl), compressed with HDF5's gzip filter; the root attribute `n_examples` is n. Any HDF5 reader opens it. Beside
+`data` a file may say which documents each sequence came from (provenance.py).
 
-Two things here are faster than h5py's ordinary path, and neither changes the format: chunks are deflated by ISA-L and
-written directly, and they are read directly and inflated outside the HDF5 library, which holds a global lock.
+Two things here are faster than h5py's ordinary path, and neither changes the format: chunks are deflated outside the
+HDF5 library, which holds a global lock, and written directly; and they are read directly and inflated by ISA-L.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -22,21 +24,22 @@ import numpy as np
 from isal import isal_zlib
 
 from data_prep.errors import InputError
+from data_prep.provenance import ProvenanceReader, ProvenanceWriter, Span, read_provenance
 
 PLANES = 3  # token ids, loss mask, labels
 SUFFIX = ".h5"
-# Level recorded in the file (the format's own); the bytes are any valid deflate stream. ISA-L's level 1 packs real code
-# rows to within 3 % of zlib's level 4 at five times its speed.
+# Level recorded in the file (the format's own); the bytes are any valid deflate stream. zlib's level 1 takes two thirds
+# of level 4's time for 16 % more room. ISA-L's deflate is three times faster still, but now and then it packs the same
+# row into other bytes (seen in 1 of about 500 rows between two processes), and the same input must give the same file.
 GZIP_LEVEL = 4
-ISAL_LEVEL = 1
+DEFLATE_LEVEL = 1
 ROW_DTYPE = np.dtype("<i4")
 CHECKSUM_RANGE = 1 << 64
 
 
 def compress_row(row: np.ndarray) -> bytes:
     """Deflate one (3, msl) int32 sequence as HDF5's gzip filter would."""
-    compressed: bytes = isal_zlib.compress(np.ascontiguousarray(row, ROW_DTYPE).data, ISAL_LEVEL)
-    return compressed
+    return zlib.compress(np.ascontiguousarray(row, ROW_DTYPE).data, DEFLATE_LEVEL)
 
 
 def row_checksum(chunk: bytes) -> int:
@@ -61,6 +64,7 @@ class SequenceWriter:
         self.max_seq_length = max_seq_length
         self.num_rows = 0
         self.checksum = 0
+        self._provenance = ProvenanceWriter()
         self._partial = self.path.with_name(self.path.name + ".partial")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,14 +81,19 @@ class SequenceWriter:
             compression_opts=GZIP_LEVEL,
         )
 
-    def write(self, rows: np.ndarray) -> None:
-        """Append rows, int array of shape (k, 3, max_seq_length)."""
+    def write(self, rows: np.ndarray, spans: Sequence[Sequence[Span]] | None = None) -> None:
+        """Append rows, int array of shape (k, 3, max_seq_length), and where they came from, if that is known.
+
+        Spans are kept for all rows of a file or for none.
+        """
         if rows.ndim != 3 or rows.shape[1:] != (PLANES, self.max_seq_length):
             raise InputError(f"{self.path}: rows are {rows.shape}, the file holds (k, 3, {self.max_seq_length})")
-        self.write_compressed(compress_row(row) for row in rows)
+        self.write_compressed((compress_row(row) for row in rows), spans)
 
-    def write_compressed(self, chunks: Iterable[bytes]) -> None:
+    def write_compressed(self, chunks: Iterable[bytes], spans: Iterable[Sequence[Span]] | None = None) -> None:
         """Append rows that are deflated already (from `compress_row` or `SequenceFile.read_compressed`)."""
+        for row_spans in spans or ():
+            self._provenance.append(row_spans)
         dataset = self._dataset.id
         for chunk in chunks:
             if self.num_rows == self._dataset.shape[0]:
@@ -102,6 +111,8 @@ class SequenceWriter:
         """Finish the file and give it its name."""
         self._dataset.resize(self.num_rows, axis=0)
         self._file.attrs["n_examples"] = self.num_rows
+        if self.num_rows and self._provenance.num_rows == self.num_rows:
+            self._provenance.save(self._file)
         self._file.close()
         os.replace(self._partial, self.path)
 
@@ -136,6 +147,7 @@ class SequenceFile:
         self.path = Path(path)
         self._file: h5py.File | None = None
         self._process = -1
+        self._provenance: tuple[ProvenanceReader | None] | None = None  # () around it: read, there is none
         self._open()
 
     def _open(self) -> h5py.Dataset:
@@ -203,6 +215,14 @@ class SequenceFile:
             raise InputError(f"{self.path}: row {index} is damaged (it does not inflate): prepare the file again")
         # A copy: the caller may write into its row.
         return np.frombuffer(plain, ROW_DTYPE).reshape(PLANES, self.max_seq_length).copy()
+
+    def spans(self, index: int) -> list[Span] | None:
+        """The documents of one sequence, in the order of its tokens; None if the file does not say."""
+        self._open()
+        if self._provenance is None:
+            assert self._file is not None
+            self._provenance = (read_provenance(self._file),)
+        return self._provenance[0][index] if self._provenance[0] else None
 
     def rows(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         """The sequences from `start` up to `stop`, one at a time."""

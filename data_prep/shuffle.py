@@ -18,6 +18,7 @@ import numpy as np
 from data_prep.engine import Task, run_step
 from data_prep.errors import InputError
 from data_prep.manifest import Record, input_identity, record
+from data_prep.provenance import Span
 from data_prep.sequences import SequenceFile, SequenceWriter, sequence_files
 
 ROUNDS = 8
@@ -123,7 +124,7 @@ def shuffle_file(task: ShuffleTask) -> Record:
     reader = _Chunks(task.sources, task.ends)
     with SequenceWriter(task.target, reader.max_seq_length) as writer:
         for block in reader.blocks(task.start, task.stop):
-            writer.write_compressed(reader.read(permutation(block)))
+            writer.write_compressed(*reader.read(permutation(block)))
     reader.close()
     return record(outputs={Path(task.target).name: writer.summary}, counts={"sequences": writer.num_rows})
 
@@ -150,15 +151,23 @@ class _Chunks:
         for first in range(start, stop, step):
             yield np.arange(first, min(first + step, stop))
 
-    def read(self, numbers: np.ndarray) -> list[bytes]:
-        """The chunks of these numbers, in this order."""
+    def read(self, numbers: np.ndarray) -> tuple[list[bytes], list[list[Span]] | None]:
+        """The chunks of these numbers, in this order, and their spans if all of them have some."""
         chunks: list[bytes] = [b""] * len(numbers)
+        spans: list[list[Span]] = [[]] * len(numbers)
+        all_known = True
         files = np.searchsorted(self._ends, numbers, side="right")
         starts = np.concatenate([[0], self._ends[:-1]])
         rows = numbers - starts[files]
         for place in np.argsort(numbers, kind="stable").tolist():
-            chunks[place] = self._file(int(files[place])).read_compressed(int(rows[place]))
-        return chunks
+            file, row = self._file(int(files[place])), int(rows[place])
+            chunks[place] = file.read_compressed(row)
+            known = file.spans(row) if all_known else None
+            if known is None:
+                all_known = False
+            else:
+                spans[place] = known
+        return chunks, spans if all_known else None
 
     def close(self) -> None:
         """Let go of all files."""

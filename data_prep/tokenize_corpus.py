@@ -22,6 +22,7 @@ from data_prep.errors import InputError
 from data_prep.fim import Draws, FimSettings, fim_document
 from data_prep.manifest import Record, input_identity, record
 from data_prep.packing import Packer
+from data_prep.provenance import Span, SpanTracker
 from data_prep.sequences import SequenceWriter
 from data_prep.sources import FaultPolicy, Source, discover, read_documents
 from data_prep.streams import is_url
@@ -141,16 +142,19 @@ def tokenize_shard(shard: Shard) -> Record:
     counts: Counter[str] = Counter()
     packer = Packer(options.max_seq_length, tokenizer.eos_id if options.pad_id is None else options.pad_id)
 
-    def rows() -> Iterator[np.ndarray]:
-        for ids in encoded_documents(shard, tokenizer, faults, counts):
+    tracker = SpanTracker(options.max_seq_length)
+
+    def rows() -> Iterator[tuple[np.ndarray, list[list[Span]]]]:
+        for path, number, ids in encoded_documents(shard, tokenizer, faults, counts):
+            tracker.add(path, number, len(ids))
             completed = packer.add(ids)
             if len(completed):
-                yield completed
+                yield completed, tracker.take(len(completed))
         rest = packer.finish()
         if len(rest) and rest[0, 1].sum() + 1 < options.min_sequence_len:
             counts["tokens_dropped"] += int(rest[0, 1].sum())
         else:
-            yield rest
+            yield rest, tracker.take(len(rest))
 
     outputs = write_rows(
         rows(),
@@ -165,8 +169,8 @@ def tokenize_shard(shard: Shard) -> Record:
 
 def encoded_documents(
     shard: Shard, tokenizer: Tokenizer, faults: FaultPolicy, counts: Counter[str]
-) -> Iterator[np.ndarray]:
-    """Each document of the shard as BOS, ids, EOS; an empty one is counted and left out."""
+) -> Iterator[tuple[str, int, np.ndarray]]:
+    """The documents of the shard: file, number there, and BOS, ids, EOS; empty ones are counted and left out."""
     options = shard.options
     begin, end = np.array([tokenizer.bos_id], np.int32), np.array([tokenizer.eos_id], np.int32)
     for source in shard.sources:
@@ -186,11 +190,11 @@ def encoded_documents(
             counts["documents"] += 1
             counts["characters"] += len(text)
             counts["tokens"] += len(ids) + 2
-            yield np.concatenate([begin, ids, end])
+            yield source.path, document.number, np.concatenate([begin, ids, end])
 
 
 def write_rows(
-    batches: Iterator[np.ndarray],
+    batches: Iterator[tuple[np.ndarray, list[list[Span]]]],
     path_of: Any,
     max_seq_length: int,
     rows_per_file: int,
@@ -208,15 +212,15 @@ def write_rows(
         outputs[str(done.path)] = done.summary
 
     try:
-        for batch in batches:
+        for batch, spans in batches:
             counts["sequences"] += len(batch)
             counts["padding"] += int((batch[:, 1] == 0).sum())
             while len(batch):
                 if writer is None:
                     writer = SequenceWriter(path_of(len(outputs)), max_seq_length)
                 room = rows_per_file - writer.num_rows
-                writer.write(batch[:room])
-                batch = batch[room:]
+                writer.write(batch[:room], spans[:room])
+                batch, spans = batch[room:], spans[room:]
                 if writer.num_rows == rows_per_file:
                     finish(writer)
                     writer = None
