@@ -15,6 +15,8 @@ import multiprocessing
 import os
 import shutil
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -153,7 +155,7 @@ def _results(work: Work, tasks: list[Task], processes: int) -> Iterator[tuple[Ta
         return
     # Spawned, not forked: the parent may hold threads (tokenizers, HDF5) whose locks a fork would copy.
     context = multiprocessing.get_context("spawn")
-    with _one_thread_each(), ProcessPoolExecutor(min(processes, len(tasks)), mp_context=context) as pool:
+    with _one_thread_each(), _pool(min(processes, len(tasks)), context) as pool:
         waiting = list(reversed(tasks))
         running: dict[Future[Record], Task] = {}
         try:
@@ -170,6 +172,21 @@ def _results(work: Work, tasks: list[Task], processes: int) -> Iterator[tuple[Ta
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _pool(processes: int, context: Any) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(processes, mp_context=context, initializer=_end_with, initargs=(os.getpid(),))
+
+
+def _end_with(parent: int) -> None:
+    """End this worker soon after its parent was killed: a relaunch must not meet it writing the same files."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager
