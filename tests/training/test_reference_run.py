@@ -27,13 +27,13 @@ FLAGS = """
 """
 
 
-def train_20_steps(fixtures: Path, save: Path, tp: int, pp: int) -> None:
+def train_20_steps(fixtures: Path, save: Path, tp: int, pp: int, more: str = "") -> None:
     from megatron.crystalcoder.training import flags
     from megatron.crystalcoder.training.loop import train
 
     paths = f"--load {fixtures}/hf_tiny --save {save} --data-path {fixtures}/reference/crops256.jsonl"
     layout = f"--tensor-model-parallel-size {tp} --pipeline-model-parallel-size {pp} --ckpt-format torch"
-    train(flags.parse(f"{FLAGS} {paths} {layout}".split()))
+    train(flags.parse(f"{FLAGS} {paths} {layout} {more}".split()))
 
 
 def check_against_reference(save: Path, fixtures: Path) -> None:
@@ -55,3 +55,12 @@ def check_against_reference(save: Path, fixtures: Path) -> None:
 def test_20_steps(shared: Path, tmp_path: Path, tp: int, pp: int) -> None:
     run_on_ranks(tp * pp, train_20_steps, shared / "fixtures", tmp_path, tp, pp)
     check_against_reference(tmp_path, shared / "fixtures")
+
+
+def test_20_steps_on_two_data_parallel_ranks(shared: Path, tmp_path: Path) -> None:
+    """The distributed optimizer against the plain one; the cyclic order deals two ranks other rows than one."""
+    for name, more in (("plain", ""), ("distributed", "--use-distributed-optimizer")):
+        run_on_ranks(2, train_20_steps, shared / "fixtures", tmp_path / name, 1, 1, more)
+    for key in ("lm_loss", "grad_norm"):
+        plain, distributed = (column(tmp_path / name, key) for name in ("plain", "distributed"))
+        np.testing.assert_allclose(distributed, plain, rtol=1e-6, err_msg=key)
