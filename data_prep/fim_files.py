@@ -14,7 +14,7 @@ from data_prep.manifest import Record, input_identity, record
 from data_prep.provenance import Span
 from data_prep.reference_fim import ReferenceFimTask, fim_file_like_reference
 from data_prep.sequences import SequenceFile, SequenceWriter, sequence_files
-from data_prep.tokenizer import load_tokenizer
+from data_prep.tokenizer import load_tokenizer_once
 
 
 class FimSource(NamedTuple):
@@ -68,7 +68,7 @@ def fim_files(
     """
     if epochs < 1:
         raise InputError(f"--epochs {epochs}: at least 1 is needed")
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = load_tokenizer_once(str(tokenizer_path))
     files = [(path, source.folder) for source in sources for path in source.files()]
     tasks = []
     for number, (path, folder) in enumerate(files):
@@ -102,7 +102,7 @@ def _spans(source: SequenceFile, number: int) -> list[list[Span]] | None:
 
 def fim_file(task: FimTask) -> Record:
     """Do one file in one epoch: what the engine's processes run."""
-    transform = RowFim(load_tokenizer(task.tokenizer), task.settings)
+    transform = RowFim(load_tokenizer_once(task.tokenizer), task.settings)
     with SequenceFile(task.source) as source, SequenceWriter(task.target, source.max_seq_length) as target:
         if task.settings.rate == 0:
             for number in range(len(source)):

@@ -12,6 +12,7 @@ space in the middle) has no seams to use, and `word_pattern` says so.
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 
@@ -93,7 +94,7 @@ class _Known(dict[str, bytes]):
         self._encode_word = encode_word
 
     def __missing__(self, word: str) -> bytes:
-        ids = np.array(self._encode_word(word), np.int32).tobytes()
+        ids = array("i", self._encode_word(word)).tobytes()
         if len(word) <= MAX_LENGTH:
             self[word] = ids
         return ids

@@ -63,6 +63,7 @@ class SequenceWriter:
         self.path = Path(path)
         self.max_seq_length = max_seq_length
         self.num_rows = 0
+        self._capacity = 0
         self.checksum = 0
         self._provenance = ProvenanceWriter()
         self._partial = self.path.with_name(self.path.name + ".partial")
@@ -96,8 +97,9 @@ class SequenceWriter:
             self._provenance.append(row_spans)
         dataset = self._dataset.id
         for chunk in chunks:
-            if self.num_rows == self._dataset.shape[0]:
-                self._dataset.resize(max(1024, 2 * self.num_rows), axis=0)
+            if self.num_rows == self._capacity:
+                self._capacity = max(1024, 2 * self.num_rows)
+                self._dataset.resize(self._capacity, axis=0)
             dataset.write_direct_chunk((self.num_rows, 0, 0), chunk)
             self.checksum = (self.checksum + row_checksum(chunk)) % CHECKSUM_RANGE
             self.num_rows += 1

@@ -26,7 +26,7 @@ from data_prep.provenance import Span, SpanTracker
 from data_prep.sequences import SequenceWriter
 from data_prep.sources import FaultPolicy, Source, discover, read_documents
 from data_prep.streams import is_url
-from data_prep.tokenizer import Tokenizer, load_tokenizer
+from data_prep.tokenizer import Tokenizer, load_tokenizer_once
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def tokenize_corpus(
     Raises:
         InputError: bad input, with file and place (unless `options.on_error` is "skip").
     """
-    tokenizer = load_tokenizer(options.tokenizer)
+    tokenizer = load_tokenizer_once(options.tokenizer)
     if options.eos_id not in (None, tokenizer.eos_id):
         raise InputError(f"eos_id {options.eos_id}: in {tokenizer.path} </s> is {tokenizer.eos_id}")
     sources = discover(inputs, options.text_suffixes)
@@ -137,7 +137,7 @@ def group_by_size(sources: list[Source], shard_bytes: int) -> Iterator[tuple[Sou
 def tokenize_shard(shard: Shard) -> Record:
     """Do one shard: what the engine's processes run."""
     options = shard.options
-    tokenizer = _tokenizer(options.tokenizer)
+    tokenizer = load_tokenizer_once(options.tokenizer)
     faults = FaultPolicy(options.on_error)
     counts: Counter[str] = Counter()
     packer = Packer(options.max_seq_length, tokenizer.eos_id if options.pad_id is None else options.pad_id)
@@ -231,13 +231,3 @@ def write_rows(
         if writer:
             writer.discard()
     return outputs
-
-
-_loaded: dict[str, Tokenizer] = {}
-
-
-def _tokenizer(path: str) -> Tokenizer:
-    """The tokenizer, loaded once in each process."""
-    if path not in _loaded:
-        _loaded[path] = load_tokenizer(path)
-    return _loaded[path]
