@@ -15,7 +15,6 @@ import pytest
 from data_prep.verification import verify
 from support.tiny_tokenizer import TEXT
 
-
 KILLS = 50
 
 
