@@ -1,6 +1,7 @@
 """Every parameter's lr factor and weight decay, as the live optimizer's groups have them, at every layout.
 
-Planted: weight decay on linear biases -> linear_proj.bias has 0.1; lr scaled on the head's copy -> output_layer.weight has 0.25.
+Planted: weight decay on linear biases -> linear_proj.bias has 0.1, at every layout; lr scaled on the head's copy ->
+output_layer.weight has 0.25, at every layout with PP > 1.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python -m megatron.crystalcoder.training.launch [torchrun's options] SCRIPT [its arguments]
 
 torchrun answers any worker's exit with a report of its own and exit code 1. Here a worker that found bad input (exit
-code 2, one line on stderr) ends the job with exit code 2 and that line alone; any other failure ends it with the
-worker's exit code, after the worker's own traceback and one line that names the rank.
+code 2, one line on stderr) ends the job with exit code 2 and that line alone, however many workers found it; any other
+failure ends it with the worker's exit code, after the worker's own traceback and one line that names the rank.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from data_prep.errors import EXIT_BAD_INPUT
 
@@ -30,11 +33,43 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     options = run.parse_args(["--shutdown-timeout", _SECONDS_TO_SAVE, *(arguments or sys.argv[1:])])
     try:
-        run.run(options)
+        with _each_error_once():
+            run.run(options)
     except ChildFailedError as error:
         raise SystemExit(_exit_code(error)) from None
     except SignalException as error:
         raise SystemExit(128 + error.sigval) from None
+
+
+@contextmanager
+def _each_error_once() -> Iterator[None]:
+    """Pass on what this process and its workers write to stderr, an `error: ` line only the first time it comes.
+
+    Every rank meets the same bad input; whether the others are stopped before they say so too is a matter of luck.
+    """
+    stderr = os.dup(2)
+    read_end, write_end = os.pipe()
+    os.dup2(write_end, 2)
+    os.close(write_end)
+
+    def pass_on() -> None:
+        said = set()
+        with open(read_end, "rb") as lines:
+            for line in lines:
+                if line not in said:
+                    os.write(stderr, line)
+                if line.startswith(b"error: "):
+                    said.add(line)
+
+    # A daemon: a worker that outlives the job must not keep the launcher waiting for the end of its stderr.
+    thread = threading.Thread(target=pass_on, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(stderr, 2)
+        thread.join(timeout=10)
 
 
 def _exit_code(error: object) -> int:
