@@ -17,9 +17,10 @@ from tools.quickstart_runner import ROOT, Command, Stage
 PARAMS = Path("params/tiny")
 PHASES = (1, 2, 3)
 TENSOR_PARALLEL = PIPELINE_PARALLEL = 2
+SAMPLED = ("--temperature", 0.5, "--seed", 1)  # the likeliest tokens of a small model go round in circles
 SPEAKING_PROMPT = "def main(args=None):\n"
 INFILL_PREFIX, INFILL_SUFFIX = "def read(path):\n    with open(path) as ", ":\n        return file.read()\n"
-QUESTION = "Write the Python function `close(self)`. Close the file."
+QUESTION = "Write the Python function `is_empty(self)`. Return True if the queue is empty, False otherwise."
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,7 @@ class Chain:
         return Stage(
             "answers",
             (
-                _command("crystalcoder", "generate", self.run / "hf", "--prompt", SPEAKING_PROMPT, *limit),
+                _command("crystalcoder", "generate", self.run / "hf", "--prompt", SPEAKING_PROMPT, *limit, *SAMPLED),
                 _command(
                     *("crystalcoder", "generate", self.run / "hf"),
                     *("--prefix", INFILL_PREFIX, "--suffix", INFILL_SUFFIX, *limit),
