@@ -27,6 +27,14 @@ class OnError(StrEnum):
     skip = "skip"
 
 
+class Corpus(StrEnum):
+    """What `download` knows."""
+
+    slimpajama = "slimpajama"
+    starcoderdata = "starcoderdata"
+    crystalcoder_datasets = "crystalcoder-datasets"
+
+
 class CutLevel(StrEnum):
     """Where FIM cuts."""
 
@@ -52,6 +60,19 @@ def run(command: str, arguments: list[str] | None = None) -> None:
     """Run `command` from a script of its own: bad input is one line and exit code 2."""
     with exit_on_bad_input():
         main([command, *(sys.argv[1:] if arguments is None else arguments)])
+
+
+@app.command()
+def download(
+    corpus: Annotated[Corpus, typer.Argument(help="Which corpus")],
+    out: Out,
+    include: Annotated[list[str] | None, typer.Option(help="Only paths like this: 'python/*'; repeatable")] = None,
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit of the corpus")] = "main",
+) -> None:
+    """Fetch a public corpus from the Hugging Face hub; a relaunch goes on. HF_TOKEN opens gated ones."""
+    from data_prep.download import download as fetch
+
+    print(f"{out}: {fetch(corpus.value, out, include or (), revision)} files, checksums right")
 
 
 @app.command()
