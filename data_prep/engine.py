@@ -102,7 +102,8 @@ def _claim(out: Path, fingerprint: str, *, overwrite: bool) -> None:
         if not out.is_dir():
             raise InputError(f"{out}: is a file: --out names a folder")
         ours = mark.exists() or (out / MANIFEST).exists()
-        if any(out.iterdir()):
+        begun = {TASKS, f"{mark.name}.partial"}  # all there is of a run that died before it had made `out` its own
+        if any(path.name not in begun for path in out.rglob("*")):
             if not overwrite:
                 what = "the output of other settings" if ours else "files already"
                 raise InputError(f"{out}: holds {what}: name another --out, or --overwrite")

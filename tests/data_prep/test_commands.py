@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_prep import engine
 from data_prep.commands import main
 from data_prep.errors import InputError
 from data_prep.fim import undo
@@ -80,7 +80,7 @@ def test_parquet_to_jsonl(corpus: Path, tmp_path: Path) -> None:
 def test_tokenize_is_lossless(
     corpus: Path, tmp_path: Path, tokenizer_file: Path, tokenizer: Tokenizer, fim: list[str]
 ) -> None:
-    """Planted: no `packer.finish()` at the end of a shard -> the last document is cut, fails."""
+    """Planted: no `packer.finish()` at the end of a shard -> the last document (59) is cut, fails."""
     main(["tokenize", str(corpus), "--out", str(tmp_path / "a"), "--tokenizer", str(tokenizer_file),
           "--max-seq-length", "64", "--rows-per-file", "50", *fim])  # fmt: skip
     texts = texts_of(corpus)
@@ -102,7 +102,8 @@ def test_tokenize_is_lossless(
 def test_output_does_not_depend_on_processes(corpus: Path, tmp_path: Path, tokenizer_file: Path) -> None:
     """tokenize with per-document FIM in two epochs, then fim, each with 1 and 2 processes.
 
-    Planted: FIM keyed by the shard's number in the process -> differs, fails.
+    Planted: FIM keyed by how many shards this process has done, not by the file's name, first in `tokenize`, then in
+    `fim` -> the HDF5 files differ, fails both times.
     """
     common = ["--tokenizer", str(tokenizer_file), "--seed", "3"]
     for number in ("1", "2"):
@@ -135,9 +136,11 @@ def test_fim_rate_0_changes_nothing(corpus: Path, tmp_path: Path, tokenizer_file
 def test_relaunch_completes_the_same_bytes(
     corpus: Path, tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that dies after two of five tasks, then the same command.
+    """A run that dies before each of its renames in turn (settings, five files and records, manifest), then again.
 
-    Planted: a task's record written before its file -> the file is missing after the relaunch, fails.
+    Planted: a task's record written before its file -> dead between the two, the file is missing after the relaunch,
+    fails; what is left of a run that died before its settings were in place taken for foreign files -> the relaunch is
+    refused, fails.
     """
     arguments = [
         "tokenize",
@@ -149,23 +152,33 @@ def test_relaunch_completes_the_same_bytes(
         "--shard-mb",
         "0",
     ]
-    main([*arguments, "--out", str(tmp_path / "a")])
-    write, written = engine._write_json, []
+    replace = os.replace
 
-    def dies(path: Path, value: object) -> None:
-        if len(written) == 3:  # the settings and two tasks
-            raise KeyboardInterrupt
-        written.append(path)
-        write(path, value)
+    def renames(out: Path, allowed: int) -> list[str]:
+        """Run until `allowed` renames are done: their names."""
+        renamed: list[str] = []
 
-    monkeypatch.setattr(engine, "_write_json", dies)
-    with pytest.raises(SystemExit):
-        main([*arguments, "--out", str(tmp_path / "b")])
-    monkeypatch.undo()
-    assert not (tmp_path / "b/manifest.json").exists()
-    (tmp_path / "b/examples_0_4.h5.partial").write_bytes(b"torn")
-    main([*arguments, "--out", str(tmp_path / "b")])
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+        def counting(source: Path, target: Path) -> None:
+            if len(renamed) == allowed:
+                raise KeyboardInterrupt
+            renamed.append(target.name)
+            replace(source, target)
+
+        with monkeypatch.context() as patch, suppress(SystemExit):
+            patch.setattr(os, "replace", counting)
+            main([*arguments, "--out", str(out)])
+        return renamed
+
+    whole = renames(tmp_path / "a", 99)
+    assert (whole[0], whole[-1], len(whole) >= 12) == ("settings.json", "manifest.json", True)
+    for moment in range(len(whole)):
+        out = tmp_path / f"b{moment}"
+        assert renames(out, moment) == whole[:moment]
+        assert not (out / "manifest.json").exists()
+        if moment and "examples_0_4.h5" not in whole[:moment]:
+            (out / "examples_0_4.h5.partial").write_bytes(b"torn")
+        main([*arguments, "--out", str(out)])
+        assert contents(tmp_path / "a") == contents(out), moment
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "a").iterdir()}
     main([*arguments, "--out", str(tmp_path / "a")])  # done: nothing is written
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "a").iterdir()}
