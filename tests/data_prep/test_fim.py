@@ -20,7 +20,7 @@ quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCh
 @quick
 @given(text=texts, seed=st.integers(0, 99), spm=st.sampled_from([0.0, 1.0]), level=st.sampled_from(["char", "token"]))
 def test_document_is_lossless(tokenizer: Tokenizer, text: str, seed: int, spm: float, level: str) -> None:
-    """Planted: encoding the middle with the dummy space in front -> a space too many in the text, fails."""
+    """Planted: encoding the middle with the dummy space in front -> "de f" for "def", fails."""
     ids = fim_document(text, tokenizer, FimSettings(1.0, spm, level=level), Draws.of(seed))
     fim = tokenizer.fim_ids
     assert tokenizer.decode(undo(ids, fim)) == text
@@ -44,8 +44,9 @@ def test_rows_are_lossless(
 ) -> None:
     """Each text of a row comes back whole; only the row's last text may have lost its end, never its middle.
 
-    Planted: labels shifted by one -> fails; mask one short -> fails; tail of the transform cut instead of the text's
-    end -> the marks of the last text are incomplete, `undo` refuses, fails.
+    Planted: labels equal to the tokens -> they do not follow, fails; mask one short -> a token under a zero, fails;
+    tail of the transform cut instead of the text's end -> the marks of the last text are incomplete, `undo` refuses,
+    fails.
     """
     bos, eos, fim = tokenizer.bos_id, tokenizer.eos_id, tokenizer.fim_ids
     packer = Packer(length, eos)

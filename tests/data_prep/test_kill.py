@@ -25,7 +25,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 @pytest.mark.parametrize("step", ["tokenize", "fim", "shuffle", "parquet2jsonl"])
 def test_killed_at_random_moments(step: str, tmp_path: Path, tokenizer_file: Path, repo_root: Path) -> None:
-    """Planted: writing an output under its final name from the start -> a torn file counts as done, fails."""
+    """50 kills per step. What each rename guards is proved by test_relaunch_completes_the_same_bytes."""
     import pyarrow
     import pyarrow.parquet
 

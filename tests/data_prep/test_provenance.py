@@ -21,8 +21,8 @@ from data_prep.tokenizer import Tokenizer
 @settings(max_examples=100, deadline=None)
 @given(lengths=st.lists(st.integers(2, 60), min_size=1, max_size=20), length=st.integers(2, 40))
 def test_spans_lead_back_to_the_tokens(lengths: list[int], length: int) -> None:
-    """Every token of every window is the one that its span points to. Planted: `start` without max(0, …) or counted
-    from the window's end -> other tokens, fails."""
+    """Every token of every window is the one that its span points to. Planted: `start` without max(0, …), and
+    `start` counted from the window's end -> other tokens, both fail."""
     documents = [np.arange(1000 * number, 1000 * number + n, dtype=np.int32) for number, n in enumerate(lengths)]
     packer, tracker = Packer(length, 0), SpanTracker(length)
     rows, windows = [], []

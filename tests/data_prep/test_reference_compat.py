@@ -54,8 +54,9 @@ def workplace(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_reference_to_the_byte(
     workplace: Path, shared: Path, monkeypatch: pytest.MonkeyPatch, case: str, flags: list[str]
 ) -> None:
-    """Planted: splitting at s + 1999 -> other ids, fails; writing the last window padded -> a row too many, fails;
-    counting bytes after ftfy -> data_params differ, fails."""
+    """Planted: splitting at s + 1999 -> other seams (detokenized_bytes 433,287 for 433,283), all four cases fail;
+    writing a process's last window padded -> more sequences, the packed cases fail; counting bytes after ftfy ->
+    raw_bytes_count 435,959 for 436,040, three fail (plain CSS has nothing to mend)."""
     monkeypatch.chdir(workplace)
     out = f"tok/{case}"
     main(["LMData", *COMMON, *flags, "--remove_bos_in_chunks", "True", "--encoder_file", "./tokenizer.json",

@@ -45,7 +45,8 @@ def test_the_reference_to_the_byte(windows: Path, llama: Path, shared: Path, tmp
     """Epoch 0 of two, each file from its own seed: one file per process.
 
     Rows with names of control tokens in their text may differ: the reference ran with an older tokenizers library.
-    Planted: epochs outside the row loop -> all but the first row differ; PSM and SPM swapped -> all differ.
+    Planted: epochs outside the row loop -> all but the first of 38 sequences differ; PSM and SPM swapped -> 37 of 38
+    differ.
     """
     order = "examples_0_1.h5,examples_0_0.h5"  # as the reference's disk gave them
     fim_hdf5_stage2.main(["--input_dir", str(windows), "--output_dir", str(tmp_path), "--tokenizer", str(llama),
@@ -81,7 +82,7 @@ def test_default_mends_what_the_reference_breaks(windows: Path, llama: Path, sha
 def test_odd_sequences(tmp_path: Path, llama: Path) -> None:
     """Doubled and leading EOS stay, empty texts get no marks, padding is rebuilt from content, seeds are per sequence.
 
-    Planted: `np.split` on EOS without keeping empty texts -> an EOS is lost, fails.
+    Planted: texts between EOS kept only if longer than the EOS itself -> 2 of 5 EOS are left, fails.
     """
     text = [450, 4996, 17354, 1701, 29916]  # The quick brown fox
     rows = np.full((4, 3, 32), EOS, np.int32)

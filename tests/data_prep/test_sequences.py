@@ -52,8 +52,16 @@ def test_many_rows_and_no_rows(tmp_path: Path) -> None:
     assert len(SequenceFile(tmp_path / "none.h5")) == 0
 
 
+def test_appears_when_complete(tmp_path: Path) -> None:
+    """Planted: writing under the final name from the start -> a.h5 is there before its end, fails."""
+    with SequenceWriter(tmp_path / "a.h5", 8) as writer:
+        writer.write(make_rows(2, 8))
+        assert [path.name for path in tmp_path.iterdir()] == ["a.h5.partial"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.h5"]
+
+
 def test_failed_writing_leaves_nothing(tmp_path: Path) -> None:
-    """Planted: renaming in __exit__ whatever the exception -> the half file appears, fails."""
+    """Planted: renaming in __exit__ whatever the exception -> a.h5 appears, fails."""
     with pytest.raises(ZeroDivisionError), SequenceWriter(tmp_path / "a.h5", 8) as writer:
         writer.write(make_rows(2 // writer.num_rows, 8))
     with pytest.raises(InputError, match="rows are"), SequenceWriter(tmp_path / "a.h5", 8) as writer:

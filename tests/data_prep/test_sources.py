@@ -113,11 +113,12 @@ def test_poison_of_the_reference(shared: Path) -> None:
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
-    """Planted: zstandard's own stream_reader for .zst -> a cut-off file passes for a short one, fails."""
+    """Planted: zstandard's own stream_reader for .zst -> the cut-off text passes for a short one (no error), and of the
+    cut-off lines the last is blamed instead of the file; both fail."""
     lines = b"".join(json.dumps({"text": str(n) * 99}).encode() + b"\n" for n in range(5000))
-    for name in ("a.jsonl.gz", "a.jsonl.zst"):
+    for name, count in (("a.jsonl.gz", 5000), ("a.jsonl.zst", 5000), ("b.txt.zst", 1)):
         path = write(tmp_path / name, lines)
-        assert len(list(read_documents(path, FaultPolicy()))) == 5000
+        assert len(list(read_documents(path, FaultPolicy()))) == count
         path.write_bytes(path.read_bytes()[:-20])
         with pytest.raises(InputError, match=f"{name}: damaged or cut off"):
             list(read_documents(path, FaultPolicy()))

@@ -34,7 +34,7 @@ def test_decode_is_exact(tokenizer: Tokenizer, text: str) -> None:
 @settings(max_examples=60, deadline=None)
 @given(left=texts, right=texts)
 def test_parts_join(tokenizer: Tokenizer, left: str, right: str) -> None:
-    """Planted: a dummy space in encode_inside -> a space too many, fails."""
+    """Planted: a dummy space in encode_inside -> " 0" for "0", fails."""
     ids = tokenizer.encode(left) + list(tokenizer.encode_inside(right))
     assert tokenizer.decode_inside(ids) == ((" " if left else "") + left + right).replace("▁", " ")
 
@@ -58,7 +58,7 @@ def test_reference_ids(shared: Path) -> None:
 
 
 def test_names_of_control_tokens_stay_text(tokenizer: Tokenizer, tokenizer_file: Path) -> None:
-    """Planted: leaving the added tokens in the matcher -> </s> becomes id 2, fails."""
+    """Planted: leaving the added tokens in the matcher -> "<unk>" in a text becomes id 0, fails."""
     for name in tokenizer.controls:
         for text in (name, f"a {name} b", f"a{name}"):
             assert not set(tokenizer.encode(text)) & set(tokenizer.controls.values())
