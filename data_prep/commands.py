@@ -89,6 +89,25 @@ def parquet2jsonl(
 
 
 @app.command()
+def partition(
+    inputs: Annotated[list[str], typer.Argument(help="Files or folders of jsonl, jsonl.gz, jsonl.zst")],
+    out: Out,
+    key: Annotated[str | None, typer.Option(help="Sort by the value of this key: meta.redpajama_set_name")] = None,
+    valid: Annotated[float, typer.Option(help="Share of the documents to hold out, in OUT/valid")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the choice")] = 0,
+    on_error: Annotated[OnError, typer.Option(help="At a bad record: stop, or skip and list it")] = OnError.stop,
+    processes: Processes = 1,
+    overwrite: Overwrite = False,
+) -> None:
+    """Sort documents into folders: OUT/[train|valid]/[<value of the key>]/<input name>.jsonl.zst."""
+    from data_prep.partition import PartitionOptions
+    from data_prep.partition import partition as partition_files
+
+    options = PartitionOptions(key, valid, seed, on_error.value)
+    _report(out, partition_files(inputs, out, options, processes=processes, overwrite=overwrite))
+
+
+@app.command()
 def tokenize(
     inputs: Annotated[list[str], typer.Argument(help="Files, folders or URLs: parquet, jsonl, jsonl.zst, json, txt")],
     out: Out,

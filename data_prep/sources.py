@@ -134,7 +134,7 @@ def _line_documents(path: str, stream: BinaryIO, faults: FaultPolicy, key: str) 
     for number, line in enumerate(stream):
         if number == 0:
             line = line.removeprefix(b"\xef\xbb\xbf")
-        record, reason = _parse(line)
+        record, reason = parse_record(line)
         text, reason = (None, reason) if reason else _text_of(record, key)
         if text is None:
             faults(Fault(path, str(number + 1), reason))
@@ -142,7 +142,7 @@ def _line_documents(path: str, stream: BinaryIO, faults: FaultPolicy, key: str) 
             yield Document(number, text)
 
 
-def _parse(line: bytes) -> tuple[Any, str]:
+def parse_record(line: bytes) -> tuple[Any, str]:
     """The JSON value of a line, or why there is none."""
     try:
         return orjson.loads(line), ""
