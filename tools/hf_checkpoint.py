@@ -46,6 +46,7 @@ def load_checkpoint(directory: Path, *, device: str | None = None, dtype: str = 
     import CrystalCoder
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # its report of missing tensors is said below, in one line
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
