@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -51,16 +52,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def documents(folder: Path, tokenizer: Tokenizer) -> list[str]:
-    """The texts in a folder of packed sequences, shards in order."""
-    found = []
-    for path in sorted(sequence_files(folder), key=lambda p: [int(n) for n in p.stem.split("_")[:0:-1]]):
-        for document in unpack(SequenceFile(path).rows(), tokenizer.eos_id):
-            assert document[0] == tokenizer.bos_id
-            found.append(tokenizer.decode(undo([int(i) for i in document[1:-1]], tokenizer.fim_ids)))
-    return found
-
-
 def test_parquet_to_jsonl(corpus: Path, tmp_path: Path) -> None:
     main(["parquet2jsonl", str(corpus), "--out", str(tmp_path / "a")])
     main(["parquet2jsonl", str(corpus), "--out", str(tmp_path / "b"), "--processes", "2"])
@@ -84,7 +75,6 @@ def test_tokenize_is_lossless(
     main(["tokenize", str(corpus), "--out", str(tmp_path / "a"), "--tokenizer", str(tokenizer_file),
           "--max-seq-length", "64", "--rows-per-file", "50", *fim])  # fmt: skip
     texts = texts_of(corpus)
-    found = documents(tmp_path / "a", tokenizer) if len(sequence_files(tmp_path / "a")) == 1 else None
     manifest = json.loads((tmp_path / "a/manifest.json").read_text())
     assert manifest["counts"]["documents"] == len(texts)
     assert manifest["counts"]["characters"] == sum(map(len, texts))
@@ -272,7 +262,7 @@ def test_split_and_inspect(
     shown = capsys.readouterr().out
     counts = json.loads((tmp_path / "shuffled/manifest.json").read_text())["counts"]
     assert str(counts["sequences"]) in shown
-    assert "not well formed   0" in shown.replace("  0", " 0") or "not well formed" in shown
+    assert re.search(r"not well formed\W+0\W", shown)
     with pytest.raises(InputError, match="--sample 99999"):
         main(["inspect", str(tmp_path / "shuffled"), "--tokenizer", str(tokenizer_file), "--sample", "99999"])
 
