@@ -7,11 +7,35 @@ import shlex
 import sys
 
 from data_prep.errors import InputError
-from megatron.crystalcoder.training import launch, pretrain
 
 
 def main(arguments: list[str]) -> None:
-    """The `crystalcoder pretrain` subcommand. Under torchrun every rank runs it, each as one of the job."""
+    """The `crystalcoder pretrain` subcommand: on this machine's ranks, or with `--target CSX` on CS-2 systems."""
+    target, others = _split_target(arguments)
+    if target is None:
+        _train_here(arguments)
+        return
+    if target != "CSX":
+        raise InputError(f"--target {target}: CSX is the only one to name; without --target this machine trains")
+    from megatron.crystalcoder.training import csx
+
+    csx.main(others)
+
+
+def _split_target(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The value of `--target`, None without it, and the other arguments."""
+    for number, argument in enumerate(arguments):
+        if argument == "--target":
+            return "".join(arguments[number + 1 : number + 2]), arguments[:number] + arguments[number + 2 :]
+        if argument.startswith("--target="):
+            return argument.partition("=")[2], arguments[:number] + arguments[number + 1 :]
+    return None, arguments
+
+
+def _train_here(arguments: list[str]) -> None:
+    """Under torchrun every rank runs it, each as one of the job."""
+    from megatron.crystalcoder.training import launch, pretrain  # seconds of imports that a CS-2 launch does not need
+
     options, params = pretrain.parse(arguments)  # what is wrong with the file is said before any rank starts
     ranks = options.nproc or options.tp * options.pp
     if "WORLD_SIZE" in os.environ or ranks == 1:

@@ -30,7 +30,12 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of both commands."""
-    top = _Parser(prog="crystalcoder pretrain", description="Pretrain from a params.yaml.", allow_abbrev=False)
+    top = _Parser(
+        prog="crystalcoder pretrain",
+        description="Pretrain from a params.yaml.",
+        epilog="On CS-2 systems: crystalcoder pretrain --target CSX ... (--target CSX --help lists its arguments).",
+        allow_abbrev=False,
+    )
     top.add_argument("--params", type=Path, required=True, help="the YAML file: params/phase1/params.yaml, ...")
     top.add_argument(
         "--model_dir", "--model-dir", type=Path, help="checkpoints and metrics go here; a run found here is continued"
