@@ -202,6 +202,28 @@ def split(folders: Annotated[list[Path], typer.Argument(help="Folders of sequenc
 
 
 @app.command()
+def build(
+    recipe: Annotated[str, typer.Argument(help="A recipe, or a shipped one's name: crystalcoder_phase1, 2, 3")],
+    root: Annotated[Path, typer.Option(help="Folder that the recipe's paths are relative to")] = Path(),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the steps with sizes, and run none")] = False,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a value of the recipe: name=value")
+    ] = None,
+    processes: Processes = 1,
+) -> None:
+    """Run all steps of a recipe, from raw folders to those of a phase; a relaunch goes on."""
+    from data_prep.build import build as run_recipe
+
+    values = {}
+    for setting in settings or []:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise InputError(f"--set {setting}: is not name=value")
+        values[name] = value
+    run_recipe(recipe, root, processes=processes, values=values, dry_run=dry_run)
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A sequence file, or a folder")],
     tokenizer: Annotated[Path | None, typer.Option(help="Decode samples with this tokenizer")] = None,

@@ -20,7 +20,7 @@ def split_by_parity(folder: Path) -> tuple[Path, Path]:
     """Link the sequence files of `folder` into `<folder>_part0of2` (even) and `<folder>_part1of2` (odd).
 
     A file's number is the one in its name where all are named `data-NNNNN.h5` (as shuffled files are), else its place
-    in the sorted folder. Existing links are made anew; a half that holds anything else is refused.
+    in the sorted folder. Other links there are removed; a half that holds anything else is refused.
 
     Raises:
         InputError: no sequence files, or a half that is in the way.
@@ -35,10 +35,16 @@ def split_by_parity(folder: Path) -> tuple[Path, Path]:
     for half in halves:
         if half.exists() and (not half.is_dir() or any(not p.is_symlink() for p in half.iterdir())):
             raise InputError(f"{half}: is in the way (it holds more than links): move it")
+    links = {
+        halves[number % 2] / path.name: Path("..", folder.name, path.name)
+        for path, number in zip(files, numbers, strict=True)
+    }
     for half in halves:
         half.mkdir(exist_ok=True)
         for link in half.iterdir():
-            link.unlink()
-    for path, number in zip(files, numbers, strict=True):
-        (halves[number % 2] / path.name).symlink_to(Path("..", folder.name, path.name))
+            if link not in links or link.readlink() != links[link]:
+                link.unlink()
+    for link, target in links.items():
+        if not link.is_symlink():  # those that are right stay: someone may be training on them
+            link.symlink_to(target)
     return halves[0], halves[1]
