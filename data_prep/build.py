@@ -264,10 +264,10 @@ def plan(steps: Sequence[Step]) -> list[str]:
         if state != "done":
             to_write += max(0.0, written - (_bytes_in(step.out) if step.out else 0))
         exact = all(Path(given).exists() for given in step.inputs)
-        shown = f"{'' if exact else '~'}{_gigabytes(read)} -> {'' if state == 'done' else '~'}{_gigabytes(written)}"
+        shown = f"{'' if exact else '~'}{_readable(read)} -> {'' if state == 'done' else '~'}{_readable(written)}"
         lines.append(f"{number:>3}  {state:<9}{shown:<26}crystalcoder data {shlex.join(step.arguments)}")
     free = shutil.disk_usage(".").free
-    lines.append(f"to be written: ~{_gigabytes(to_write)}; free here: {_gigabytes(free)}")
+    lines.append(f"to be written: ~{_readable(to_write)}; free here: {_readable(free)}")
     lines += [f"not there: {given}" for given in absent]
     return lines
 
@@ -322,5 +322,6 @@ def _bytes_in(path: str | Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:,.2f} GB" if size < 1e12 else f"{size / 1e12:,.2f} TB"
+def _readable(size: float) -> str:
+    unit, name = next(((u, n) for u, n in ((1e12, "TB"), (1e9, "GB")) if size >= u), (1e6, "MB"))
+    return f"{size / unit:,.2f} {name}"

@@ -151,7 +151,7 @@ def test_dry_run(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         "2 to do ~3.00 GB -> ~2.70 GB",  # two folders within jsonl, taken as equal; two epochs
         "3 to do ~3.00 GB -> ~2.70 GB",
         "4 to do ~5.40 GB -> ~5.40 GB",
-        "5 to do ~5.40 GB -> ~0.00 GB",
+        "5 to do ~5.40 GB -> ~0.00 MB",
     ]
     assert lines[0].endswith("crystalcoder data parquet2jsonl raw/starcoderdata --out jsonl")
     assert lines[5].startswith("to be written: ~16.80 GB; free here: ")
