@@ -10,7 +10,7 @@ from data_prep.errors import EXIT_BAD_INPUT, exit_on_bad_input
 # subcommand -> (module with a `main(arguments: list[str])`, what it does)
 COMMANDS = {
     "quickstart": ("tools.quickstart", "the whole chain on this machine: text -> tokens -> pretrain -> tune -> chat"),
-    "data": ("data_prep.commands", "data steps: parquet2jsonl, tokenize, fim, shuffle, split, inspect, verify, locate"),
+    "data": ("data_prep.commands", "prepare data: download, tokenize, fim, shuffle, build (a whole recipe), verify ..."),
     "pretrain": ("tools.pretrain", "pretrain from a params.yaml"),
     "finetune": ("finetune.commands", "conversations to masked sequences: prepare, show"),
     "convert": ("tools.convert", "checkpoints: Hugging Face <-> Megatron, any TP and PP"),
