@@ -10,8 +10,12 @@ from data_prep.errors import EXIT_BAD_INPUT, exit_on_bad_input
 # subcommand -> (module with a `main(arguments: list[str])`, what it does)
 COMMANDS = {
     "quickstart": ("tools.quickstart", "the whole chain on this machine: text -> tokens -> pretrain -> tune -> chat"),
-    "data": ("data_prep.commands", "prepare data: download, tokenize, fim, shuffle, build (a whole recipe), verify ..."),
+    "data": (
+        "data_prep.commands",
+        "prepare data: download, tokenize, fim, shuffle, build (a whole recipe), verify",
+    ),
     "pretrain": ("tools.pretrain", "pretrain from a params.yaml"),
+    "plan": ("tools.plan", "what a params.yaml takes of a cluster: memory, layouts, days, cost"),
     "finetune": ("finetune.commands", "conversations to masked sequences: prepare, show"),
     "convert": ("tools.convert", "checkpoints: Hugging Face <-> Megatron, any TP and PP"),
     "generate": ("tools.generate", "complete or infill code with a Hugging Face checkpoint"),
