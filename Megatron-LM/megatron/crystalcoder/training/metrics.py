@@ -18,8 +18,8 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron.crystalcoder import platform
-from megatron.crystalcoder.model.config import ModelConfig
 from megatron.crystalcoder.training.config import TrainConfig
+from megatron.crystalcoder.training.plan import flops_per_token
 from megatron.crystalcoder.training.step import StepResult
 
 METRICS_FILE = "metrics.jsonl"
@@ -35,11 +35,6 @@ class StepFacts:
     result: StepResult
     lr: float
     params_norm: float | None = None
-
-
-def flops_per_token(model: ModelConfig, seq_length: int) -> float:
-    """Model FLOPs of one token's forward and backward pass: 6 per parameter + 12 L h s for attention (PaLM, app. B)."""
-    return 6 * model.num_parameters + 12 * model.num_layers * model.hidden_size * seq_length
 
 
 class MetricsLog:
