@@ -12,6 +12,7 @@ from megatron.crystalcoder.training.memory import Layout
 from megatron.crystalcoder.training.params import Params, load_params
 from megatron.crystalcoder.training.plan import (
     GPUS,
+    GPUS_PER_NODE,
     RECOMPUTE,
     RESERVED_SHARE,
     Candidate,
@@ -96,14 +97,14 @@ def describe_layouts(layouts: list[Candidate], cluster: Cluster, steps: int, pri
     lines = [
         f"\nlayouts that divide the model and fit {cluster.count} x {cluster.gpu.memory / _GIB:.0f} GiB "
         f"({RESERVED_SHARE:.0%} left free): {total}; the fastest, assuming {cluster.mfu:.0%} of peak while computing:",
-        f"{'TP':>3}{'PP':>4}{'DP':>6}{'micro':>7}  {'recompute':<11}{'GiB/GPU':>8}{'s/step':>10}{'MFU':>7}{'days':>9}"
+        f"{'TP':>3}{'PP':>4}{'DP':>6}{'micro':>7}  {'recompute':<11}{'GiB/GPU':>8}{'s/step':>10}{'MFU':>7}{'days':>11}"
         + (f"{'cost':>15}" if price else ""),
     ]
     for each in layouts:
         layout, hours = each.layout, each.step_seconds * steps / 3600
         lines.append(
             f"{layout.tp:>3}{layout.pp:>4}{layout.dp:>6}{layout.micro_batch:>7}  {layout.recompute:<11}"
-            f"{each.memory.total / _GIB:>8.1f}{each.step_seconds:>10.4g}{each.mfu:>7.1%}{hours / 24:>9.4g}"
+            f"{each.memory.total / _GIB:>8.1f}{each.step_seconds:>10.4g}{each.mfu:>7.1%}{hours / 24:>11.4g}"
             + (f"{hours * cluster.count * price:>15,.0f}" if price else "")
         )
     return "\n".join(lines)
@@ -122,9 +123,11 @@ def describe_memory(job: Job, best: Candidate, cluster: Cluster) -> str:
 
 
 def pretrain_arguments(layout: Layout) -> str:
-    """The flags that make `crystalcoder pretrain` run this layout."""
+    """The flags that make `crystalcoder pretrain` run this layout; on several nodes torchrun starts the ranks."""
     words = [f"--tp {layout.tp} --pp {layout.pp} --micro-batch-size {layout.micro_batch}"]
     words += ["--sequence-parallel"] if layout.sequence_parallel else []
     words += ["--use-distributed-optimizer"] if layout.distributed_optimizer else []
     words += [f"--recompute-granularity {layout.recompute}"] if layout.recompute != "none" else []
+    ranks = layout.tp * layout.pp * layout.dp
+    words += [f"--nproc {ranks}"] if layout.tp * layout.pp < ranks <= GPUS_PER_NODE else []
     return " ".join(words)

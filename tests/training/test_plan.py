@@ -262,6 +262,8 @@ def test_the_command_prints_the_plan(repo_root: Path, capsys: pytest.CaptureFixt
 
     options, _ = pretrain.parse(["--params", str(params), *flags])
     assert options.use_distributed_optimizer
+    assert options.nproc is None  # 64 ranks are torchrun's to start
+    assert plan.pretrain_arguments(Layout(tp=2, dp=4)) == "--tp 2 --pp 1 --micro-batch-size 1 --nproc 8"
     config = load_params(params).train_config()
     assert (config.model.num_parameters, config.global_batch_size) == (BIG.num_parameters, PHASE_2.global_batch)
 
