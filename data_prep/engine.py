@@ -110,7 +110,11 @@ def _claim(out: Path, fingerprint: str, *, overwrite: bool) -> None:
             if not ours and not any(out.rglob("*.h5")):
                 # A slip in --out must not cost someone a folder.
                 raise InputError(f"{out}: holds files that are no output of this command: name another --out")
-            shutil.rmtree(out)
+            # Out of the way at once: records that outlive their files would be trusted by the next run.
+            doomed = out.with_name(f".{out.name}.deleted")
+            shutil.rmtree(doomed, ignore_errors=True)
+            out.rename(doomed)
+            shutil.rmtree(doomed)
     try:
         mark.parent.mkdir(parents=True, exist_ok=True)
         _write_json(mark, {"fingerprint": fingerprint})

@@ -296,3 +296,31 @@ def test_fim_of_the_reference_windows(tmp_path: Path, shared: Path) -> None:
     counts = json.loads((tmp_path / "fim/manifest.json").read_text())["counts"]
     assert 0.8 < counts["texts_transformed"] / counts["texts"] < 0.97
     assert counts["tokens_dropped"] < 10 * len(before)
+
+
+class Killed(BaseException):
+    """Stands for the process's end."""
+
+
+def test_an_overwrite_that_dies_leaves_nothing_to_trust(
+    corpus: Path, tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: the folder deleted where it is -> its manifest outlives its files, the relaunch does nothing, fails."""
+    arguments = ["tokenize", str(corpus), "--out", str(tmp_path / "a"), "--tokenizer", str(tokenizer_file)]
+    main([*arguments, "--max-seq-length", "64"])
+    whole = contents(tmp_path / "a")
+
+    def die_halfway(folder: Path, ignore_errors: bool = False) -> None:
+        if folder.exists():
+            for path in sequence_files(folder):
+                path.unlink()
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr("data_prep.engine.shutil.rmtree", die_halfway)
+        with pytest.raises(Killed):
+            main([*arguments, "--max-seq-length", "64", "--overwrite"])
+    main([*arguments, "--max-seq-length", "64"])
+    assert contents(tmp_path / "a") == whole
+    main([*arguments, "--max-seq-length", "32", "--overwrite"])
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
