@@ -2,3 +2,8 @@
 
 A portion of the `megatron` namespace, installed beside the wheel's `megatron.core`.
 """
+
+import warnings
+
+# megatron-core says on import, five times, what it falls back to; here nothing needs either of the two.
+warnings.filterwarnings("ignore", r"(Transformer Engine and )?Apex (is|are) not installed", module=r"megatron\.core")

@@ -10,7 +10,6 @@ Transformer Engine or Apex bring theirs.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -223,10 +222,9 @@ class GroupStepAdamW(torch.optim.Optimizer):
 
 def _provide_adam() -> None:
     """Give megatron-core `GroupStepAdamW` where neither Transformer Engine nor Apex is installed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # megatron-core's notes that Apex and Transformer Engine are absent
-        import megatron.core.optimizer as mcore_optimizer
-        import megatron.core.optimizer.distrib_optimizer as mcore_distributed_optimizer
+    import megatron.core.optimizer as mcore_optimizer
+    import megatron.core.optimizer.distrib_optimizer as mcore_distributed_optimizer
+
     optimizer_module: Any = mcore_optimizer
     distributed_module: Any = mcore_distributed_optimizer
     if not optimizer_module.USING_PYTORCH_OPTIMIZER:
