@@ -188,9 +188,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise InputError(f"{path}: is not a tokenizer.json or a SentencePiece .model ({reason})") from None
 
 
-@lru_cache(maxsize=4)
 def load_tokenizer_once(path: str) -> Tokenizer:
     """`load_tokenizer`, remembered: what a process's tasks share."""
+    # By the full path: "tokenizer.json" is another file in another working directory.
+    return _load_remembered(str(Path(path).resolve()))
+
+
+@lru_cache(maxsize=4)
+def _load_remembered(path: str) -> Tokenizer:
     return load_tokenizer(path)
 
 

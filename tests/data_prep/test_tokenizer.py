@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
 from data_prep.errors import InputError
-from data_prep.tokenizer import Tokenizer, load_tokenizer
+from data_prep.tokenizer import Tokenizer, load_tokenizer, load_tokenizer_once
 from support.tiny_tokenizer import TEXT
 
 AWKWARD = [
@@ -112,3 +112,19 @@ def test_bad_tokenizers_are_named(tmp_path: Path) -> None:
     ]:
         with pytest.raises(InputError, match=message):
             load_tokenizer(tmp_path / name)
+
+
+def test_a_relative_path_is_another_file_elsewhere(
+    tokenizer_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: remembered by the path as given -> the first folder's tokenizer is used in the second, fails."""
+    definition = json.loads(tokenizer_file.read_text())
+    for folder, merges in (("a", definition["model"]["merges"]), ("b", [])):
+        definition["model"]["merges"] = merges
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "tokenizer.json").write_text(json.dumps(definition))
+    lengths = []
+    for folder in ("a", "b"):
+        monkeypatch.chdir(tmp_path / folder)
+        lengths.append(len(load_tokenizer_once("tokenizer.json").encode("first second")))
+    assert lengths[0] < lengths[1]
