@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ import torch
 from megatron.crystalcoder.checkpoint.random_init import RandomWeights
 from megatron.crystalcoder.checkpoint.weights import rank_state_dict
 from megatron.crystalcoder.model.config import ModelConfig, MuP
-from megatron.crystalcoder.model.initialization import InitSettings, Normal
+from megatron.crystalcoder.model.initialization import InitSettings, Normal, Uniform
+from megatron.crystalcoder.training.params import load_params
 
 CONFIG = ModelConfig(512, 128, 4, 4, 342, 8, mup=MuP(width_scale=0.25))
 TRUNCATED = InitSettings(Normal.truncated(0.073), Normal.truncated(0.01825), Normal.truncated(0.00228125))
@@ -52,6 +55,47 @@ def test_biases_and_norms() -> None:
             assert not weights.read(name).any(), name  # the gate's too
         elif ".ln_" in name:
             assert (weights.read(name) == 1).all(), name
+
+
+@pytest.mark.parametrize("phase", [1, 2, 3])
+def test_statistics_of_the_7b_files(repo_root: Path, phase: int) -> None:
+    """Every kind of weight as the phase's YAML says, at its width 4096 (two layers, a cut vocabulary): mean, spread and
+    bounds within sampling error, query, key and value apart. Planted: sigma times 1.002, fails (0.2 % of spread)."""
+    small = ["model.num_hidden_layers=2", "model.vocab_size=1024", "model.filter_size=512"]
+    small += [f"{section}.vocab_size=1024" for section in ("train_input", "eval_input")]
+    params = load_params(repo_root / f"params/phase{phase}/params.yaml", small)
+    weights = RandomWeights(params.model_config(), params.init_settings(), params.init_seed)
+    for name, std in {
+        "transformer.wte.weight": 0.073,
+        "transformer.h.1.attn.c_attn.weight": 0.01825,
+        "transformer.h.1.mlp.c_fc.weight": 0.01825,
+        "transformer.h.1.mlp.c_fc2.weight": 0.01825,
+        "transformer.h.1.attn.c_proj.weight": 0.00228125,
+        "transformer.h.1.mlp.c_proj.weight": 0.00228125,
+    }.items():
+        for x in weights.read(name).double().split(4096, dim=-1):
+            assert x.abs().max() <= 2 * std * (1 + 1e-6)
+            assert abs(x.mean()) < 5 * CUT * std / math.sqrt(x.numel()), name
+            # The spread of a cut normal's spread: its kurtosis is 2.06 (a normal's is 3).
+            assert abs(x.std() / (CUT * std) - 1) < 5 * math.sqrt(1.06 / 4 / x.numel()), name
+
+
+def test_the_references_gate_is_an_option() -> None:
+    """Uniform within 1 / sqrt(128) where asked for, and nowhere else: std 1 / sqrt(3 * 128), 0.0510 (at width 64 the
+    reference's own is 0.0738 of 0.0722). Planted: the bound of the ffn size's root; the linear branch's bias: fail."""
+    bound = CONFIG.hidden_size**-0.5
+    bias, weight = "transformer.h.1.mlp.c_fc2.bias", "transformer.h.1.mlp.c_fc2.weight"
+    plain = RandomWeights(CONFIG, TRUNCATED, seed=1)
+    biased = RandomWeights(CONFIG, replace(TRUNCATED, gate_bias=Uniform(bound)), seed=1)
+    both = RandomWeights(CONFIG, replace(TRUNCATED, gate_bias=Uniform(bound), gate=Uniform(bound)), seed=1)
+    for source, names in ((biased, (bias,)), (both, (bias, weight))):
+        for name in names:
+            x = source.read(name)
+            assert x.abs().max() <= bound
+            assert x.std().item() == pytest.approx(bound / math.sqrt(3), rel=3 / math.sqrt(x.numel()))
+            assert x.abs().max() > 0.98 * bound
+        changed = {n for n in plain.names() if not torch.equal(plain.read(n), source.read(n))}
+        assert changed == {n for n in plain.names() if any(n.endswith(name[17:]) for name in names)}
 
 
 def test_hugging_face_mup_initialisation() -> None:

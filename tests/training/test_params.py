@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import yaml
 
 from data_prep.errors import InputError
 from megatron.crystalcoder.model.config import MuP
-from megatron.crystalcoder.model.initialization import Normal
+from megatron.crystalcoder.model.initialization import Normal, Uniform
 from megatron.crystalcoder.training.config import MixtureEntry, ScheduleSegment
-from megatron.crystalcoder.training.params import Params, default_micro_batch_size, load_params
+from megatron.crystalcoder.training.params import Params, ReferenceCompat, default_micro_batch_size, load_params
 from megatron.crystalcoder.training.params_schema import ParamsSchema
 from megatron.crystalcoder.training.schedules import learning_rate
 
@@ -268,6 +269,14 @@ WRONG = {
     "fp16": ("use_bfloat16: False", "use_bfloat16: False\n  mixed_precision: True", "is given twice"),
     "no end": ("    end_learning_rate: 0.006\n", "", r"optimizer.learning_rate.0 Linear has no end"),
     "no bounds": ("a: -0.20648, b: 0.20648", "a: -0.20648", "model.initializer truncated_normal needs its bounds"),
+    "glu": ("scale_glu_initialization: True", "scale_glu_initialization: False", "pass --reference-init to have that"),
+    "power": ("    steps: 15\n", "    steps: 15\n    power: 2.0\n", "power belongs to Polynomial, not to Linear"),
+    "no decay rate": ("  - scheduler: Linear", "  - scheduler: Exponential", "Exponential has no decay_rate"),
+    "no values": (
+        "  - scheduler: Linear",
+        "  - scheduler: PiecewiseConstant",
+        "needs values, one more than boundaries",
+    ),
     "not yaml": ("model:", "model: [", "not valid YAML"),
 }
 
@@ -285,7 +294,15 @@ def test_a_wrong_file_is_refused_with_its_line(tmp_path: Path, tiny_path: Path, 
     assert "\n" not in str(caught.value)
     place = str(caught.value).split(": ")[0]
     assert place.startswith(f"{path}:")
-    if fault not in ("missing", "not yaml", "no end", "two sources"):  # those name the section's line
+    if fault not in (
+        "missing",
+        "not yaml",
+        "no end",
+        "two sources",
+        "power",
+        "no decay rate",
+        "no values",
+    ):  # those name the section's line
         line = int(place.rsplit(":", 1)[1])
         assert (
             path.read_text().splitlines()[line - 1].strip() in {part.strip() for part in new.splitlines()}
@@ -339,6 +356,39 @@ def test_the_default_micro_batch_divides_each_ranks_share() -> None:
     assert default_micro_batch_size(8, 1, 256) == 8
     assert default_micro_batch_size(30, 2, 512) == 5
     assert default_micro_batch_size(7, 1, 100_000) == 1
+
+
+def test_piecewise_constant_rates(tiny_path: Path) -> None:
+    """values and boundaries, alone and before another scheduler. Planted: a boundary's step given the old value, fails.
+
+    Boundaries that do not rise are refused."""
+    piece = "{scheduler: PiecewiseConstant, values: [0.1, 0.2, 0.3], boundaries: [5, 9], steps: 12}"
+    linear = "{scheduler: Linear, initial_learning_rate: 1.0, end_learning_rate: 0.0, steps: 10}"
+    for text, last in ((f"[{piece}]", 0.3), (f"[{piece}, {linear}]", 0.9)):
+        schedule = load_params(tiny_path, [f"optimizer.learning_rate={text}"]).schedule()
+        rates = [learning_rate(schedule, step=step, samples=0) for step in (0, 4, 5, 8, 9, 11, 13)]
+        assert rates == pytest.approx([0.1, 0.1, 0.2, 0.2, 0.3, 0.3, last])
+    with pytest.raises(InputError, match="boundaries must rise"):
+        load_params(tiny_path, [f"optimizer.learning_rate=[{piece.replace('[5, 9]', '[9, 5]')}]"])
+
+
+def test_the_references_choices_are_options(tiny_path: Path) -> None:
+    """Each switch moves its own setting and no other; in its order a missing `shuffle` means True, as there."""
+    plain = load_params(tiny_path).train_config()
+    for reference, moved in (
+        (ReferenceCompat(order=True), "data"),
+        (ReferenceCompat(adam=True), "optimizer"),
+        (ReferenceCompat(init=True), None),
+    ):
+        params = load_params(tiny_path, reference=reference)
+        config = params.train_config()
+        changed = {field.name for field in fields(config) if getattr(config, field.name) != getattr(plain, field.name)}
+        assert changed == ({moved} if moved else set())
+        assert params.init_settings().gate_bias == (Uniform(128**-0.5) if reference.init else None)
+    glu = load_params(tiny_path, ["model.scale_glu_initialization=false"], ReferenceCompat(init=True))
+    assert glu.init_settings().gate == Uniform(128**-0.5)
+    data = load_params(tiny_path, reference=ReferenceCompat(order=True)).train_config().data
+    assert (data.reference_order, data.order) == (True, "mixture")
 
 
 def test_a_missing_file_and_one_that_is_no_params_file(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ The loop knows no ranks, so agreement at every layout also shows that losses and
 nor (by token and by sequence) on the micro-batch size. Seen at TP2/PP2: loss within 2e-7, gradient norm within 9e-8
 relative. Planted once each at TP2/PP2, worst loss difference: mask shifted by one 0.035; the gradients of the embedding
 and of the head's copy not summed (an untied head) 0.072; lr scaled on the head's copy 0.066; weight decay on linear
-biases 1.2e-5 (gradient norm 4.7e-5 relative).
+biases 1.2e-5 (gradient norm 4.7e-5 relative); at DP4, eps after the correction where it is asked for before: 6.9e-4.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron.crystalcoder.model.config import ParallelConfig
-from megatron.crystalcoder.training.config import TrainConfig
+from megatron.crystalcoder.training.config import OptimizerSettings, TrainConfig
 from megatron.crystalcoder.training.schedules import learning_rate
 from support.distributed import run_on_ranks
 from support.reference_model import TINY, reference_logits
@@ -30,6 +30,9 @@ DP4 = ParallelConfig(use_distributed_optimizer=True)
 TP2_DP2 = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, overlap_grad_reduce=True)
 PP2_DP2 = ParallelConfig(pipeline_model_parallel_size=2, use_distributed_optimizer=True, overlap_grad_reduce=True)
 TP2_PP2 = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True)
+
+# eps as large as the roots it is added to.
+BEFORE_CORRECTION = OptimizerSettings(hidden_lr_scale=TINY.mup.width_scale, adam_eps=1e-3, eps_before_correction=True)
 
 # name -> (layout, what differs from the tiny configuration)
 CASES: dict[str, tuple[ParallelConfig, dict[str, Any]]] = {
@@ -41,6 +44,7 @@ CASES: dict[str, tuple[ParallelConfig, dict[str, Any]]] = {
     "micro_batch, TP2 PP2 SP": (TP2_PP2, {"loss_reduction": "micro_batch"}),
     "micro_batch, DP4": (ParallelConfig(), {"loss_reduction": "micro_batch"}),
     "sequence, PP2 DP2": (PP2_DP2, {"loss_reduction": "sequence", "loss_weight": 1 / SEQ, "micro_batch_size": 4}),
+    "token, DP4, eps before correction": (DP4, {"micro_batch_size": 1, "optimizer": BEFORE_CORRECTION}),
 }
 
 
@@ -98,7 +102,10 @@ def adamw(
         hidden = ".attn." in name or ".mlp." in name
         group_lr = lr * (settings.hidden_lr_scale if hidden else 1.0)
         decay = settings.weight_decay if p.dim() == 2 else 0.0
-        update = (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + settings.adam_eps)
+        if settings.eps_before_correction:  # as the reference writes it
+            update = m / (v.sqrt() + settings.adam_eps) * (1 - b2**t) ** 0.5 / (1 - b1**t)
+        else:
+            update = (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + settings.adam_eps)
         p -= group_lr * (update + decay * p)
 
 

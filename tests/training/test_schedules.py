@@ -64,3 +64,22 @@ def test_cosine_and_constant_segments() -> None:
     )
     expected = [0.5] * 3 + [0.1 + 0.9 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)] + [0.1] * 3
     np.testing.assert_allclose([at(schedule, step) for step in range(10)], expected, rtol=1e-12)
+
+
+def test_exponential_and_polynomial_segments() -> None:
+    """Each from its own start; Exponential goes on past its steps, Polynomial stays at its end.
+
+    Planted: the exponent counted from the run's start; the power on the whole rate instead of the difference: fail.
+    """
+    falling = ScheduleSegment("Exponential", 1.0, 1.0, 10, decay_rate=0.5)
+    stairs = ScheduleSegment("Exponential", 1.0, 1.0, 10, decay_rate=0.5, staircase=True)
+    constant = ScheduleSegment("Constant", 0.5, 0.5, 3)
+    for segment, expected in (
+        (falling, lambda k: 0.5 ** (k / 10)),
+        (stairs, lambda k: 0.5 ** (k // 10)),
+        (ScheduleSegment("Polynomial", 1.0, 0.1, 10, power=2.0), lambda k: 0.1 + 0.9 * (1 - min(k, 10) / 10) ** 2),
+    ):
+        schedule = PiecewiseSchedule((constant, segment))
+        rates = [at(schedule, step) for step in range(3, 40)]
+        np.testing.assert_allclose(rates, [expected(k) for k in range(37)], rtol=1e-12)
+        assert at(schedule, 2) == 0.5

@@ -12,12 +12,17 @@ from torch.utils.data import DataLoader, Dataset
 from data_prep.errors import InputError
 from megatron.crystalcoder.data.mixture import open_mixture
 from megatron.crystalcoder.data.order import Order, make_order
+from megatron.crystalcoder.data.reference_order import open_reference
 from megatron.crystalcoder.data.rows import Rows, open_rows
 from megatron.crystalcoder.training.config import DataSettings
 
 
 def open_data(settings: DataSettings, *, seq_length: int, vocab_size: int) -> tuple[Rows, Order]:
-    """Open and validate the data of `settings`; raises InputError as `open_rows` and `open_mixture` do."""
+    """Open and validate the data of `settings`; raises InputError as `open_rows`, `open_mixture` and
+    `open_reference` do.
+    """
+    if settings.reference_order:
+        return open_reference(settings, seq_length=seq_length, vocab_size=vocab_size)
     if settings.mixture:
         return open_mixture(settings, seq_length=seq_length, vocab_size=vocab_size)
     if settings.order == "mixture":

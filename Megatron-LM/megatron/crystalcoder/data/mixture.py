@@ -24,7 +24,7 @@ from data_prep.errors import InputError
 from megatron.crystalcoder.data.order import Order, StreamOrder, shuffled_cycle
 from megatron.crystalcoder.data.permutation import permute
 from megatron.crystalcoder.data.rows import Rows, open_rows
-from megatron.crystalcoder.training.config import DataSettings
+from megatron.crystalcoder.training.config import DataSettings, MixtureEntry
 
 # Datasets with no more than this share do not lengthen the epoch (the reference's rule): they are repeated instead.
 _COUNTING_SHARE = Fraction(1, 20)
@@ -40,14 +40,8 @@ def open_mixture(settings: DataSettings, *, seq_length: int, vocab_size: int) ->
     """
     if settings.order == "cyclic":
         raise InputError("a mixture has an order of its own: choose single or shuffled, not cyclic")
-    for entry in settings.mixture:
-        if not 0 <= entry.weight < float("inf"):
-            raise InputError(
-                f"{entry.data_dir}: mixture weight {entry.weight} is not a number of 0 or more: correct it"
-            )
+    check_weights(settings.mixture)
     entries = [entry for entry in settings.mixture if entry.weight > 0]
-    if not entries:
-        raise InputError("no dataset of the mixture has a weight above 0: give at least one a positive weight")
     parts = [open_rows([entry.data_dir], seq_length=seq_length, vocab_size=vocab_size) for entry in entries]
     sources, start = [], 0
     for entry, part in zip(entries, parts, strict=True):
@@ -60,6 +54,17 @@ def open_mixture(settings: DataSettings, *, seq_length: int, vocab_size: int) ->
         start += len(part)
     rows = Rows([file for part in parts for file in part.files])
     return rows, MixtureOrder(tuple(sources), settings.seed, shuffle=settings.order == "shuffled")
+
+
+def check_weights(mixture: Sequence[MixtureEntry]) -> None:
+    """Raise InputError unless all weights are numbers of 0 or more, and one is above 0."""
+    for entry in mixture:
+        if not 0 <= entry.weight < float("inf"):
+            raise InputError(
+                f"{entry.data_dir}: mixture weight {entry.weight} is not a number of 0 or more: correct it"
+            )
+    if not any(entry.weight for entry in mixture):
+        raise InputError("no dataset of the mixture has a weight above 0: give at least one a positive weight")
 
 
 def parse_subset(text: str) -> tuple[tuple[float, float], ...]:

@@ -29,18 +29,28 @@ class Normal:
 
 
 @dataclass(frozen=True)
+class Uniform:
+    """Every value between -bound and bound alike: torch's default for a linear layer, with bound 1 / sqrt(inputs)."""
+
+    bound: float
+
+
+@dataclass(frozen=True)
 class InitSettings:
     """Which distribution each kind of weight is drawn from. Biases start at 0, LayerNorm at weight 1 and bias 0.
 
     embedding: the word embedding. hidden: q, k, v and both input matrices of the MLP. output: the matrices that write
     into the residual stream (attention output, MLP output). head: an untied output layer.
-    (The pretraining reference leaves the gate's bias at torch's uniform default by oversight; here it is 0 as well.)
+    gate_bias, gate: what the pretraining reference leaves at torch's default, by oversight: the bias of the MLP's gate,
+    and without `scale_glu_initialization` its weight. Without them they are as every other bias and hidden weight.
     """
 
     embedding: Normal
     hidden: Normal
     output: Normal
     head: Normal = Normal(0.02)
+    gate_bias: Uniform | None = None
+    gate: Uniform | None = None
 
     @classmethod
     def for_hf(cls, config: ModelConfig, initializer_range: float = 0.02) -> InitSettings:
@@ -56,22 +66,32 @@ class InitSettings:
 
 def initial_tensor(name: str, shape: tuple[int, ...], init: InitSettings, seed: int) -> Tensor:
     """The initial fp32 value of one tensor, by its Hugging Face name; a function of (name, shape, init, seed) alone."""
-    if name.endswith(".bias"):
-        return torch.zeros(shape)
-    if ".ln_" in name:
-        return torch.ones(shape)
-    if name == "transformer.wte.weight":
-        normal = init.embedding
-    elif name == "lm_head.weight":
-        normal = init.head
-    else:
-        normal = init.output if name.endswith(".c_proj.weight") else init.hidden
+    distribution = _distribution(name, init)
+    if distribution is None:
+        return torch.ones(shape) if ".ln_" in name and name.endswith(".weight") else torch.zeros(shape)
     # A hash, not a running generator: neither the order of drawing nor the split over ranks changes a weight.
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
-    if normal.a is None or normal.b is None:
-        return torch.empty(shape).normal_(0.0, normal.std, generator=generator)
-    return _truncated_normal(shape, normal.std, normal.a, normal.b, generator)
+    if isinstance(distribution, Uniform):
+        return torch.empty(shape).uniform_(-distribution.bound, distribution.bound, generator=generator)
+    if distribution.a is None or distribution.b is None:
+        return torch.empty(shape).normal_(0.0, distribution.std, generator=generator)
+    return _truncated_normal(shape, distribution.std, distribution.a, distribution.b, generator)
+
+
+def _distribution(name: str, init: InitSettings) -> Normal | Uniform | None:
+    """What the tensor of this Hugging Face name is drawn from; None: it starts at a constant."""
+    if name.endswith(".mlp.c_fc2.bias"):
+        return init.gate_bias
+    if name.endswith(".bias") or ".ln_" in name:
+        return None
+    if name == "transformer.wte.weight":
+        return init.embedding
+    if name == "lm_head.weight":
+        return init.head
+    if name.endswith(".c_proj.weight"):
+        return init.output
+    return init.gate if init.gate and name.endswith(".mlp.c_fc2.weight") else init.hidden
 
 
 def _truncated_normal(shape: tuple[int, ...], std: float, a: float, b: float, generator: torch.Generator) -> Tensor:

@@ -16,6 +16,8 @@ class OptimizerSettings:
     hidden_lr_scale multiplies the lr (and min lr) of the hidden linear layers' weights; of their biases too if
     scale_hidden_biases is set, as the instruction-tuning reference does (the pretraining one scales weights only).
     Weight decay applies to matrices only: never to biases or LayerNorm.
+    eps_before_correction adds eps before the bias correction, m / (sqrt(v) + eps) * sqrt(1 - beta2^t) / (1 - beta1^t),
+    as the pretraining reference does, instead of to the corrected root.
     """
 
     adam_beta1: float = 0.9
@@ -25,6 +27,7 @@ class OptimizerSettings:
     clip_grad: float = 1.0
     hidden_lr_scale: float = 1.0
     scale_hidden_biases: bool = True
+    eps_before_correction: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,18 @@ class WarmupDecay:
 
 @dataclass(frozen=True)
 class ScheduleSegment:
-    """One entry of a params.yaml `learning_rate` list; counts steps from its own start."""
+    """One entry of a params.yaml `learning_rate` list; counts steps from its own start.
 
-    scheduler: Literal["Linear", "CosineDecay", "Constant"]
+    Exponential alone has decay_rate (the factor over `steps`) and staircase (in whole powers), Polynomial alone power.
+    """
+
+    scheduler: Literal["Linear", "CosineDecay", "Constant", "Exponential", "Polynomial"]
     initial: float
     end: float
     steps: int
+    decay_rate: float = 1.0
+    staircase: bool = False
+    power: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,8 @@ class DataSettings:
     paths: HDF5 sequence files, directories of them, or processed JSONL files; or `mixture` instead.
     order: cyclic (the reference's sampler, exactly), single (sequential), shuffled (fresh permutation per epoch from
     the seed), mixture (see data/mixture.py; implied by `mixture`).
+    reference_order: as the pretraining reference's data loader saw them (see data/reference_order.py); `order` then
+    only says whether it shuffled.
     """
 
     paths: tuple[Path, ...] = ()
@@ -82,6 +93,7 @@ class DataSettings:
     seed: int = 1
     data_sharding: bool = True
     num_workers: int = 0
+    reference_order: bool = False
 
 
 @dataclass(frozen=True)

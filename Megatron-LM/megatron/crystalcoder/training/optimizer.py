@@ -83,6 +83,16 @@ def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_mult"]
 
 
+def place_eps(optimizer: MegatronOptimizer, settings: OptimizerSettings) -> None:
+    """Set eps for the next step, as `settings.eps_before_correction` wants it.
+
+    m / (sqrt(v) + eps) * sqrt(1 - b2^t) / (1 - b1^t) is Adam's own formula with eps / sqrt(1 - b2^t) in eps's place.
+    """
+    if settings.eps_before_correction:
+        for group in optimizer.param_groups:
+            group["eps"] = settings.adam_eps / (1.0 - settings.adam_beta2 ** (group.get("step", 0) + 1)) ** 0.5
+
+
 def restore_settings(optimizer: MegatronOptimizer, settings: OptimizerSettings) -> None:
     """Put the configured AdamW settings back after loading a state, which brings those of the run that saved it."""
     for group in optimizer.param_groups:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
@@ -13,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from data_prep.errors import InputError
 from megatron.crystalcoder.data.mixture import parse_subset
 from megatron.crystalcoder.model.config import ModelConfig, MuP, ParallelConfig
-from megatron.crystalcoder.model.initialization import InitSettings, Normal
+from megatron.crystalcoder.model.initialization import InitSettings, Normal, Uniform
 from megatron.crystalcoder.training.config import (
     DataSettings,
     MixtureEntry,
@@ -31,11 +32,25 @@ _MICRO_BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
+class ReferenceCompat:
+    """Which of the CS-2 run's own choices (release 1.9.1) take the place of the sound ones.
+
+    order: its data order. adam: eps added before the bias correction. init: the gate's bias (and, without
+    scale_glu_initialization, its weight) left at torch's uniform default.
+    """
+
+    order: bool = False
+    adam: bool = False
+    init: bool = False
+
+
+@dataclass(frozen=True)
 class Params:
     """A params.yaml that was read, checked and found consistent."""
 
     file: YamlFile
     values: ParamsSchema
+    reference: ReferenceCompat = ReferenceCompat()
 
     def train_config(
         self,
@@ -63,7 +78,7 @@ class Params:
         return TrainConfig(
             model=model,
             parallel=parallel or ParallelConfig(),
-            data=_training_data(values.train_input, root),
+            data=_training_data(values.train_input, root, self.reference.order),
             schedule=self.schedule(),
             optimizer=OptimizerSettings(
                 adam_beta1=values.optimizer.beta1,
@@ -73,6 +88,7 @@ class Params:
                 clip_grad=values.optimizer.max_gradient_norm or 0.0,
                 hidden_lr_scale=scaling.decoder_kernel if scaling else 1.0,
                 scale_hidden_biases=False,
+                eps_before_correction=self.reference.adam,
             ),
             train_iters=run.max_steps,
             micro_batch_size=micro_batch_size
@@ -126,10 +142,13 @@ class Params:
     def init_settings(self) -> InitSettings:
         """How new weights are drawn; without output_layer_initializer those layers use `initializer`."""
         model = self.values.model
+        torch_default = Uniform(model.hidden_size**-0.5) if self.reference.init else None
         return InitSettings(
             embedding=_normal(model.embedding_initializer),
             hidden=_normal(model.initializer),
             output=_normal(model.output_layer_initializer or model.initializer),
+            gate_bias=torch_default,
+            gate=None if model.scale_glu_initialization else torch_default,
         )
 
     @property
@@ -140,7 +159,9 @@ class Params:
 
     def schedule(self) -> PiecewiseSchedule:
         """The list of schedulers, one after the other."""
-        return PiecewiseSchedule(tuple(_segment(each) for each in self.values.optimizer.learning_rate))
+        return PiecewiseSchedule(
+            tuple(part for each in self.values.optimizer.learning_rate for part in _segments(each))
+        )
 
     def without_effect(self) -> list[str]:
         """The keys of the file that mean something on a CS-2 system only, in the order of the schema."""
@@ -163,7 +184,11 @@ class Params:
         return -(-steps * evaluation.batch_size // self.values.train_input.batch_size)
 
 
-def load_params(path: Path, overrides: Iterable[str] = ()) -> Params:
+def load_params(
+    path: Path,
+    overrides: Iterable[str] = (),
+    reference: ReferenceCompat = ReferenceCompat(),
+) -> Params:
     """Read a params.yaml and apply `key.path=value` overrides.
 
     Raises InputError with file, line, key and remedy: an unknown key (and the nearest valid one), a wrong type, a
@@ -177,7 +202,12 @@ def load_params(path: Path, overrides: Iterable[str] = ()) -> Params:
     except ValidationError as error:
         _refuse(file, error.errors())
     _check_consistency(file, values)
-    return Params(file, values)
+    if not (values.model.scale_glu_initialization or reference.init):
+        raise InputError(
+            f"{file.place(('model', 'scale_glu_initialization'))}: model.scale_glu_initialization False leaves the "
+            "gate's weight at torch's default: set it True, or pass --reference-init to have that"
+        )
+    return Params(file, values, reference)
 
 
 def default_micro_batch_size(global_batch: int, dp_size: int, seq_length: int) -> int:
@@ -187,20 +217,27 @@ def default_micro_batch_size(global_batch: int, dp_size: int, seq_length: int) -
     return max(size for size in range(1, min(largest, share) + 1) if share % size == 0)
 
 
-def _training_data(source: Input, root: Path) -> DataSettings:
-    order: Literal["shuffled", "single", "mixture"] = "shuffled" if source.shuffle else "single"
+def _training_data(source: Input, root: Path, reference_order: bool = False) -> DataSettings:
+    # Release 1.9.1 shuffles unless told not to.
+    shuffle = source.shuffle or (reference_order and "shuffle" not in source.model_fields_set)
+    order: Literal["shuffled", "single", "mixture"] = "shuffled" if shuffle else "single"
     mixture: tuple[MixtureEntry, ...] = ()
     paths: tuple[Path, ...] = ()
     if source.mixture is not None:
-        order = "shuffled" if source.shuffle else "mixture"
+        order = "shuffled" if shuffle else "mixture"
         mixture = tuple(_entry(item.data_dir, item.weight, item.data_subset, root) for item in source.mixture)
     elif source.data_subset is not None:
-        order = "shuffled" if source.shuffle else "mixture"
+        order = "shuffled" if shuffle else "mixture"
         mixture = tuple(_entry(each, 1.0, source.data_subset, root) for each in source.data_dir or ())
     else:
         paths = tuple(root / each for each in source.data_dir or ())
     return DataSettings(
-        paths=paths, mixture=mixture, order=order, seed=source.shuffle_seed, num_workers=source.num_workers
+        paths=paths,
+        mixture=mixture,
+        order=order,
+        seed=source.shuffle_seed,
+        num_workers=source.num_workers,
+        reference_order=reference_order,
     )
 
 
@@ -220,11 +257,29 @@ def _normal(initializer: Initializer) -> Normal:
     return Normal(initializer.std, initializer.a, initializer.b)
 
 
-def _segment(scheduler: Scheduler) -> ScheduleSegment:
+def _segments(scheduler: Scheduler) -> list[ScheduleSegment]:
+    if scheduler.values is not None:
+        bounds, length = scheduler.boundaries or [], scheduler.steps or scheduler.decay_steps
+        ends = [*bounds, length or (bounds[-1] if bounds else 0)]
+        return [
+            ScheduleSegment("Constant", value, value, end - start)
+            for value, start, end in zip(scheduler.values, [0, *bounds], ends, strict=True)
+        ]
     rates = (scheduler.learning_rate, scheduler.initial_learning_rate, scheduler.base_lr)
     initial = next(rate for rate in rates if rate is not None)
     end = initial if scheduler.end_learning_rate is None else scheduler.end_learning_rate
-    return ScheduleSegment(scheduler.scheduler, initial, end, scheduler.steps or scheduler.decay_steps or 0)
+    assert scheduler.scheduler != "PiecewiseConstant"  # those have values
+    return [
+        ScheduleSegment(
+            scheduler.scheduler,
+            initial,
+            end,
+            scheduler.steps or scheduler.decay_steps or 0,
+            decay_rate=scheduler.decay_rate or 1.0,
+            staircase=scheduler.staircase,
+            power=scheduler.power or 1.0,
+        )
+    ]
 
 
 def _check_consistency(file: YamlFile, values: ParamsSchema) -> None:
@@ -254,14 +309,9 @@ def _check_consistency(file: YamlFile, values: ParamsSchema) -> None:
         if each is not None and each.name == "normal" and (each.a is not None or each.b is not None):
             refuse(("model", key), "normal has no bounds: drop a and b, or name it truncated_normal")
     for number, scheduler in enumerate(values.optimizer.learning_rate):
-        keys: KeyPath = ("optimizer", "learning_rate", number)
-        if scheduler.learning_rate is scheduler.initial_learning_rate is scheduler.base_lr is None:
-            refuse(keys, "has no initial rate: add initial_learning_rate")
-        if scheduler.scheduler != "Constant" and scheduler.end_learning_rate is None:
-            refuse(keys, f"{scheduler.scheduler} has no end: add end_learning_rate")
-        last = number == len(values.optimizer.learning_rate) - 1
-        if not (scheduler.steps or scheduler.decay_steps or (last and scheduler.scheduler == "Constant")):
-            refuse(keys, "has no length: add steps")
+        fault = _scheduler_fault(scheduler, last=number == len(values.optimizer.learning_rate) - 1)
+        if fault:
+            refuse(("optimizer", "learning_rate", number), fault)
     for section in ("train_input", "eval_input"):
         source: Input | None = getattr(values, section)
         if source is None:
@@ -291,6 +341,32 @@ def _check_consistency(file: YamlFile, values: ParamsSchema) -> None:
         )
     if values.runconfig.mode != "train" and values.eval_input is None:
         refuse(("runconfig", "mode"), f"{values.runconfig.mode} needs an eval_input section: add one")
+
+
+def _scheduler_fault(scheduler: Scheduler, *, last: bool) -> str | None:
+    """What is wrong with one scheduler, and the remedy; None if nothing."""
+    kind, length = scheduler.scheduler, scheduler.steps or scheduler.decay_steps
+    owners = {"values": "PiecewiseConstant", "boundaries": "PiecewiseConstant", "power": "Polynomial"}
+    owners |= {"decay_rate": "Exponential", "staircase": "Exponential"}
+    for key, owner in owners.items():
+        if key in scheduler.model_fields_set and kind != owner:
+            return f"{key} belongs to {owner}, not to {kind}: drop it"
+    if kind == "PiecewiseConstant":
+        bounds = scheduler.boundaries or []
+        if scheduler.values is None or len(scheduler.values) != len(bounds) + 1:
+            return "needs values, one more than boundaries: add them"
+        ends = [0, *bounds, *([length] if length else [])]
+        if any(end <= start for start, end in pairwise(ends)):
+            return "boundaries must rise from above 0 to below steps: correct them"
+    elif scheduler.learning_rate is scheduler.initial_learning_rate is scheduler.base_lr is None:
+        return "has no initial rate: add initial_learning_rate"
+    if kind in ("Linear", "CosineDecay", "Polynomial") and scheduler.end_learning_rate is None:
+        return f"{kind} has no end: add end_learning_rate"
+    if kind == "Exponential" and scheduler.decay_rate is None:
+        return "Exponential has no decay_rate: add it"
+    if not (length or (last and kind in ("Constant", "PiecewiseConstant"))):
+        return "has no length: add steps"
+    return None
 
 
 def _refuse(file: YamlFile, errors: Sequence[Any]) -> NoReturn:

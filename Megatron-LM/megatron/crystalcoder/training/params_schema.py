@@ -80,7 +80,7 @@ class Model(Section):
     initializer: Initializer
     embedding_initializer: Initializer
     output_layer_initializer: Initializer | None = None
-    scale_glu_initialization: Literal[True] = True
+    scale_glu_initialization: bool = True
     weight_initialization_seed: int | None = None
 
     loss_scaling: Literal["batch_size", "num_tokens"] = "num_tokens"
@@ -95,15 +95,23 @@ class Model(Section):
 
 class Scheduler(Section):
     """One piece of the learning-rate schedule. learning_rate and base_lr are other names of initial_learning_rate, and
-    decay_steps of steps; where several are given, learning_rate and steps win, as in the reference."""
+    decay_steps of steps; where several are given, learning_rate and steps win, as in the reference.
 
-    scheduler: Literal["Linear", "CosineDecay", "Constant"]
+    PiecewiseConstant has values and boundaries instead of rates: values[0] up to the first boundary, and so on.
+    """
+
+    scheduler: Literal["Linear", "CosineDecay", "Constant", "Exponential", "Polynomial", "PiecewiseConstant"]
     initial_learning_rate: NonNegativeFloat | None = None
     learning_rate: NonNegativeFloat | None = None
     base_lr: NonNegativeFloat | None = None
     end_learning_rate: NonNegativeFloat | None = None
     steps: PositiveInt | None = None
     decay_steps: PositiveInt | None = None
+    decay_rate: PositiveFloat | None = None
+    staircase: bool = False
+    power: PositiveFloat | None = None
+    values: Annotated[list[NonNegativeFloat], Field(min_length=1)] | None = None
+    boundaries: list[PositiveInt] | None = None
 
 
 class AdjustLearningRate(Section):

@@ -18,9 +18,10 @@ from data_prep.errors import InputError, exit_on_bad_input
 from megatron.crystalcoder import platform  # before megatron.core: it answers the questions about CUDA asked on import
 from megatron.crystalcoder.data.loader import open_data
 from megatron.crystalcoder.data.mixture import MixtureOrder
+from megatron.crystalcoder.data.reference_order import ReferenceOrder
 from megatron.crystalcoder.model.config import ParallelConfig
 from megatron.crystalcoder.training.config import TrainConfig
-from megatron.crystalcoder.training.params import Params, load_params
+from megatron.crystalcoder.training.params import Params, ReferenceCompat, load_params
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,6 +63,11 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--micro-batch-size", type=int, help="default: the largest of at most 4,096 tokens that divides the batch"
     )
+    reference = top.add_argument_group("as the CS-2 run did it (modelzoo 1.9.1), instead of the sound way")
+    reference.add_argument("--reference-compat", action="store_true", help="all of the following")
+    reference.add_argument("--reference-order", action="store_true", help="its data order, mistakes of it included")
+    reference.add_argument("--reference-adam", action="store_true", help="Adam's eps added before bias correction")
+    reference.add_argument("--reference-init", action="store_true", help="the gate's bias drawn uniformly, not 0")
     top.add_argument("--nproc", type=int, help="ranks to start on this machine; default: --tp x --pp")
     top.add_argument("overrides", nargs="*", metavar="key.path=value", help="put in place of the file's values")
     return top
@@ -74,7 +80,13 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Params]:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    params = load_params(options.params, options.overrides)
+    every = options.reference_compat
+    reference = ReferenceCompat(
+        order=every or options.reference_order,
+        adam=every or options.reference_adam,
+        init=every or options.reference_init,
+    )
+    params = load_params(options.params, options.overrides, reference)
     if (options.mode or "train") != "train" and params.values.eval_input is None:
         raise InputError(f"{options.params}: --mode {options.mode} needs an eval_input section: add one")
     return options, params
@@ -159,7 +171,7 @@ def describe(config: TrainConfig, params: Params) -> str:
     rows, order = open_data(config.data, seq_length=config.seq_length, vocab_size=model.vocab_size)
     samples = config.train_iters * config.global_batch_size
     lines.append(f"data: {len(rows):,} rows; the run takes {samples:,} samples")
-    if isinstance(order, MixtureOrder):
+    if isinstance(order, MixtureOrder | ReferenceOrder) and config.data.mixture:
         entries = [entry for entry in config.data.mixture if entry.weight > 0]
         for entry, source, count in zip(entries, order.sources, order.counts, strict=True):
             drawn = samples * count / sum(order.counts)

@@ -33,20 +33,25 @@ def _warmup_decay(schedule: WarmupDecay, samples: float) -> float:
 
 
 def _piecewise(schedule: PiecewiseSchedule, step: int) -> float:
-    """The segment that holds `step`, counted from its own start; past the last one, that one's end."""
+    """The segment that holds `step`, counted from its own start; past the last one, that one goes on."""
     start = 0
     for segment in schedule.segments:
         if step < start + segment.steps:
             return _segment(segment, step - start)
         start += segment.steps
     last = schedule.segments[-1]
-    return _segment(last, last.steps)
+    return _segment(last, step - start + last.steps)
 
 
 def _segment(segment: ScheduleSegment, step: int) -> float:
+    """The CS-2 toolchain's formulas. Exponential goes on past its steps; the others stay at their end."""
     initial, end, steps = segment.initial, segment.end, segment.steps
     if segment.scheduler == "Constant":
         return initial
+    if segment.scheduler == "Exponential":
+        return float(initial * segment.decay_rate ** (step // steps if segment.staircase else step / steps))
+    if segment.scheduler == "Polynomial":
+        return float(end + (initial - end) * (1.0 - min(step, steps) / steps) ** segment.power)
     if segment.scheduler == "CosineDecay":
         done = min(step, steps) / steps if steps else 1.0
         return end + (initial - end) * (1.0 + math.cos(math.pi * done)) / 2.0

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron.crystalcoder import platform
 from megatron.crystalcoder.training.config import TrainConfig
-from megatron.crystalcoder.training.optimizer import set_learning_rate
+from megatron.crystalcoder.training.optimizer import place_eps, set_learning_rate
 
 Batch = dict[str, Tensor]
 
@@ -70,6 +70,7 @@ def train_step(
         return StepResult(loss, grad_norm, updated=False, non_finite=_find_non_finite(model, losses))
 
     set_learning_rate(optimizer, lr)
+    place_eps(optimizer, config.optimizer)
     if config.optimizer.clip_grad > 0 and (parameters := optimizer.get_parameters()):
         clip_grad_by_total_norm_fp32(parameters, config.optimizer.clip_grad, grad_norm)
     optimizer.step_with_ready_grads()
