@@ -1,4 +1,6 @@
-"""The chat format of CrystalChat, defined once: conversation -> segments -> token ids and which of them are trained.
+"""The chat format: an example -> segments -> token ids and which of them are trained. Defined once, for all commands.
+
+CrystalChat's template, the default (others: templates.py):
 
     <s><|sys_start|>SYSTEM<|sys_end|><|im_start|>USER<|im_end|>ASSISTANT</s>
     <s><|sys_start|>SYSTEM<|sys_end|><|im_start|>U1<|im_end|>A1<|im_start|>U2<|im_end|>A2</s>
@@ -8,73 +10,40 @@ tokenizer's word-start mark and a control token spelled out inside it stays text
 tokens are absent; the assistant may speak first.
 
 A token is trained when the model has to produce it: every assistant token, and the `</s>` that ends the conversation.
-The token after an earlier answer is the user's `<|im_start|>`, which nobody asks the model for: it is not trained.
+The token after an earlier answer is the user's `<|im_start|>`, which nobody asks the model for: it is trained only with
+`turn_ends`. A template that ends each answer with a token of its own has that token trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.errors import InputError
 from data_prep.tokenizer import Tokenizer
-
-BOS, EOS = "<s>", "</s>"
-SYSTEM_START, SYSTEM_END = "<|sys_start|>", "<|sys_end|>"
-USER_START, USER_END = "<|im_start|>", "<|im_end|>"
-CONTROL_TOKENS = (BOS, EOS, USER_START, USER_END, SYSTEM_START, SYSTEM_END)
-
-DEFAULT_SYSTEM_PROMPT = (
-    "You are CrystalCoder, a helpful and intelligent assistant. "
-    "Follow the instructions and answer the questions as accurately as possible."
+from finetune.conversation import DEFAULT_SYSTEM_PROMPT, Conversation, Example, PlainText, Role, Turn
+from finetune.templates import (
+    BOS,
+    CRYSTALCHAT,
+    EOS,
+    SYSTEM_END,
+    SYSTEM_START,
+    USER_END,
+    USER_START,
+    ChatTemplate,
+    is_control,
 )
 
-Role = Literal["system", "user", "assistant"]
+CONTROL_TOKENS = (BOS, EOS, USER_START, USER_END, SYSTEM_START, SYSTEM_END)
 
-
-@dataclass(frozen=True)
-class Turn:
-    """What one speaker says."""
-
-    role: Role
-    text: str
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Turns in an order the format can express: at most one system turn, first; then user and assistant alternate
-    (the assistant may begin) and the assistant has the last word.
-
-    Raises:
-        InputError: the order is another; the message names the turn, the caller adds the file and line.
-    """
-
-    turns: tuple[Turn, ...]
-
-    def __post_init__(self) -> None:
-        if not self.turns:
-            raise InputError("the conversation has no turns: drop the record")
-        previous: Role | None = None
-        for number, turn in enumerate(self.turns):
-            if turn.role not in get_args(Role):
-                raise InputError(f"turn {number}: unknown role '{turn.role}': use system, user or assistant")
-            if turn.role == "system" and number:
-                raise InputError(f"turn {number}: a system turn after the first: move it to the front")
-            if turn.role == previous:
-                raise InputError(f"turn {number}: the {turn.role} speaks twice in a row: join the two turns")
-            previous = turn.role
-        if previous != "assistant":
-            raise InputError(f"the last turn is the {previous}'s, not the assistant's: add the answer or drop the turn")
-
-    def with_system(self, prompt: str) -> Conversation:
-        """This conversation, opened with `prompt` unless it has a system turn of its own or the prompt is empty."""
-        if not prompt or self.turns[0].role == "system":
-            return self
-        return Conversation((Turn("system", prompt), *self.turns))
+__all__ = [
+    "BOS", "CONTROL_TOKENS", "DEFAULT_SYSTEM_PROMPT", "EOS", "SYSTEM_END", "SYSTEM_START", "USER_END", "USER_START",
+    "ChatFormat", "Conversation", "Encoded", "Role", "Segment", "Turn", "control_token_ids", "encode", "segments",
+]  # fmt: skip
 
 
 class Segment(NamedTuple):
@@ -95,49 +64,139 @@ class Encoded(NamedTuple):
     trained: NDArray[np.bool_]
 
 
-def segments(conversation: Conversation) -> Iterator[Segment]:
+@dataclass(frozen=True)
+class ChatFormat:
+    """A template and what of a conversation is trained.
+
+    train: assistant (default; without the answers that the data gives weight 0), last (the last answer alone), all
+    (every token). turn_ends: also the start of the user turn that follows a trained answer.
+    """
+
+    template: ChatTemplate = CRYSTALCHAT
+    train: Literal["assistant", "last", "all"] = "assistant"
+    turn_ends: bool = False
+
+    def segments(self, example: Example) -> Iterator[Segment]:
+        """The example as control tokens and texts, in order. Neighbouring texts stay apart only where one is trained
+        and the other is not."""
+        return _joined(self._pieces(example))
+
+    def prompt(self, turns: Sequence[Turn]) -> Iterator[Segment]:
+        """The segments of an unfinished conversation, up to where the model's answer begins."""
+        pieces = _turn_pieces(self.template, turns, [False] * len(turns), turn_ends=False)
+        opening = (_piece(part, False) for part in self.template.assistant.before)
+        return _joined(
+            piece for group in ((_piece(p, False) for p in self.template.start), pieces, opening) for piece in group
+        )
+
+    def _pieces(self, example: Example) -> Iterator[Segment]:
+        everything = self.train == "all"
+        if isinstance(example, PlainText):
+            # In the reference's rows of plain text the `<s>` behind another document's end is predicted too.
+            yield from (_piece(BOS, True), Segment(example.text, is_control=False, trained=True), _piece(EOS, True))
+            return
+        turns = example.turns
+        last = len(turns) - 1
+        trained = [
+            everything or (turn.role == "assistant" and turn.trained and (self.train != "last" or number == last))
+            for number, turn in enumerate(turns)
+        ]
+        yield from (_piece(part, everything) for part in self.template.start)
+        yield from _turn_pieces(self.template, turns, trained, turn_ends=self.turn_ends, everything=everything)
+        for number, part in enumerate(self.template.end):
+            ends_the_answer = number == 0 and not self.template.assistant.after
+            yield _piece(part, everything or (ends_the_answer and trained[last]))
+
+
+def _turn_pieces(
+    template: ChatTemplate, turns: Sequence[Turn], trained: Sequence[bool], *, turn_ends: bool, everything: bool = False
+) -> Iterator[Segment]:
+    previous: Role | None = None
+    for number, (turn, is_trained) in enumerate(zip(turns, trained, strict=True)):
+        markup = template.markup(turn.role, previous)
+        for place, part in enumerate(markup.before):
+            follows_answer = place == 0 and previous == "assistant" and trained[number - 1]
+            yield _piece(part, everything or (turn_ends and follows_answer))
+        text = markup.text.replace("{text}", turn.text.strip() if template.strip else turn.text)
+        yield Segment(text, is_control=False, trained=is_trained)
+        for place, part in enumerate(markup.after):
+            yield _piece(part, everything or (is_trained and place == 0))
+        previous = turn.role
+
+
+def _piece(part: str, trained: bool) -> Segment:
+    return Segment(part, is_control(part), trained)
+
+
+def _joined(pieces: Iterable[Segment]) -> Iterator[Segment]:
+    held: Segment | None = None
+    for piece in pieces:
+        if held is not None:
+            if not (held.is_control or piece.is_control) and held.trained == piece.trained:
+                held = Segment(held.content + piece.content, is_control=False, trained=held.trained)
+                continue
+            yield held
+        held = piece
+    if held is not None:
+        yield held
+
+
+_CRYSTALCHAT_FORMAT = ChatFormat()
+
+
+def segments(conversation: Conversation, chat_format: ChatFormat = _CRYSTALCHAT_FORMAT) -> Iterator[Segment]:
     """The conversation as control tokens and texts, in order."""
-
-    def control(token: str, trained: bool = False) -> Segment:
-        return Segment(token, is_control=True, trained=trained)
-
-    yield control(BOS)
-    for turn in conversation.turns:
-        text = Segment(turn.text, is_control=False, trained=turn.role == "assistant")
-        match turn.role:
-            case "system":
-                yield from (control(SYSTEM_START), text, control(SYSTEM_END))
-            case "user":
-                yield from (control(USER_START), text, control(USER_END))
-            case "assistant":
-                yield text
-    yield control(EOS, trained=True)
+    return chat_format.segments(conversation)
 
 
-def encode(conversations: Iterable[Conversation], tokenizer: Tokenizer) -> Iterator[Encoded]:
-    """Token ids of each conversation, and which of them are trained.
+def encode(
+    examples: Iterable[Example], tokenizer: Tokenizer, chat_format: ChatFormat = _CRYSTALCHAT_FORMAT
+) -> Iterator[Encoded]:
+    """Token ids of each example, and which of them are trained.
 
     Raises:
         InputError: the tokenizer lacks a control token.
     """
-    control_ids = control_token_ids(tokenizer)
-    for conversation in conversations:
-        ids: list[int] = []
-        trained: list[bool] = []
-        for segment in segments(conversation):
-            piece = [control_ids[segment.content]] if segment.is_control else tokenizer.encode(segment.content)
-            ids += piece
-            trained += [segment.trained] * len(piece)
-        yield Encoded(np.array(ids, dtype=np.int32), np.array(trained, dtype=np.bool_))
+    controls = {
+        name: np.array([number], np.int32)
+        for name, number in control_token_ids(tokenizer, chat_format.template).items()
+    }
+    for example in examples:
+        yield _encode(chat_format.segments(example), tokenizer, controls)
 
 
-def control_token_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Ids of the format's control tokens, looked up by name.
+def encode_prompt(turns: Sequence[Turn], tokenizer: Tokenizer, template: ChatTemplate) -> list[int]:
+    """Ids of an unfinished conversation, up to where the model's answer begins."""
+    controls = {name: np.array([number], np.int32) for name, number in control_token_ids(tokenizer, template).items()}
+    ids: list[int] = _encode(ChatFormat(template).prompt(turns), tokenizer, controls).ids.tolist()
+    return ids
+
+
+def _encode(stream: Iterable[Segment], tokenizer: Tokenizer, controls: dict[str, NDArray[np.int32]]) -> Encoded:
+    pieces: list[NDArray[np.int32]] = []
+    trained: list[bool] = []
+    inside = False
+    for content, is_control_token, is_trained in stream:
+        if is_control_token:
+            pieces.append(controls[content])
+        else:
+            # Behind a control token a text starts with the word-start mark; behind other text it goes on.
+            pieces.append(tokenizer.encode_inside(content) if inside else tokenizer.encode_array(content))
+        inside = not is_control_token
+        trained.append(is_trained)
+    ids = np.concatenate(pieces) if pieces else np.empty(0, np.int32)
+    return Encoded(
+        ids.astype(np.int32, copy=False), np.repeat(trained, [len(piece) for piece in pieces]).astype(np.bool_)
+    )
+
+
+def control_token_ids(tokenizer: Tokenizer, template: ChatTemplate = CRYSTALCHAT) -> dict[str, int]:
+    """Ids of the template's control tokens (and of `<s>` and `</s>`), looked up by name.
 
     Raises:
         InputError: the tokenizer lacks one.
     """
-    ids = {token: tokenizer.token_id(token) for token in CONTROL_TOKENS}
+    ids = {token: tokenizer.token_id(token) for token in dict.fromkeys((BOS, EOS, *template.control_tokens))}
     found = {token: i for token, i in ids.items() if i is not None}
     if missing := ids.keys() - found.keys():
         raise InputError(

@@ -1,31 +1,41 @@
-"""Read conversations from the JSON and JSONL files that people have.
+"""Read training examples from the files that people have.
 
 A record's keys say which format it is in:
 
     {"prompt": ..., "completion": ...}                          prompt/completion pair ("system" may stand beside)
     {"instruction": ..., "input": ..., "output": ...}           Alpaca ("input" and "system" may be absent or empty)
-    {"messages": [{"role": ..., "content": ...}, ...]}          OpenAI
+    {"messages": [{"role": ..., "content": ...}, ...]}          OpenAI ("weight": 0 keeps an answer from being trained)
     {"conversations": [{"from": ..., "value": ...}, ...]}       ShareGPT ("system" may stand beside)
+    {"text": ...}                                               plain text, trained whole
+    {"token_ids": ..., "loss_mask": ..., "label_ids": ...}      a row that is processed already
 
-A `.json` file holds an array of records, a `.jsonl` file one record a line. Other keys of a record are left alone.
+`.jsonl` holds one record a line, `.json` an array of them, `.parquet` one a row; the first two also gzipped or zstd'ed.
+A `.txt` file is one plain text. Other keys of a record are left alone.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from data_prep.errors import InputError
-from finetune.chat_format import Conversation, Role, Turn
+from data_prep.sources import JSON_SUFFIXES, LINES_SUFFIXES, Fault, FaultPolicy
+from data_prep.streams import open_bytes
+from finetune.conversation import Conversation, Example, PlainText, Role, Turn
 
 ROLES: dict[str, Role] = {
     "system": "system",
+    "developer": "system",
     "user": "user",
     "human": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "model": "assistant",
     "chatgpt": "assistant",
     "bing": "assistant",
     "bard": "assistant",
@@ -34,40 +44,74 @@ ROLES: dict[str, Role] = {
 Record = dict[str, Any]
 
 
-class Located(NamedTuple):
-    """A record and the line of its file on which it starts."""
+class ReadyRow(NamedTuple):
+    """A processed row, int32 (3, s): tokens, loss mask, labels."""
 
-    line: int
+    planes: np.ndarray
+
+
+class Located(NamedTuple):
+    """A record, its number in the file (from 0), and the place where a person finds it: a line, or "row 7"."""
+
+    number: int
+    place: str
     record: Any
 
 
-def read_conversations(path: Path) -> Iterator[Conversation]:
-    """The conversations of one file, in file order.
+class Read(NamedTuple):
+    """An example and the number of its record in the file."""
+
+    number: int
+    example: Example | ReadyRow
+
+
+def read_examples(path: Path, faults: FaultPolicy) -> Iterator[Read]:
+    """The examples of one file, in file order.
+
+    A record is bad that is of no known format, misses a field or has one of another type, names an unknown role, has
+    turns in an order that no chat format can express, or an empty user turn.
 
     Raises:
-        InputError: with file, line and field: unreadable JSON, an unknown format, a missing or wrongly typed field, an
-            unknown role, a turn order that the chat format cannot express, an empty user turn.
+        InputError: with file, line and field, at a file that cannot be read on, and at a bad record unless `faults`
+            says "skip".
     """
-    for line, record in read_records(path):
+    for number, place, record in read_records(path):
         try:
-            yield to_conversation(record)
+            yield Read(number, to_example(record))
         except InputError as error:
-            raise InputError(f"{path}, line {line}: {error}") from None
+            faults(Fault(str(path), place, str(error)))
 
 
 def read_records(path: Path) -> Iterator[Located]:
-    """The JSON values of a `.jsonl` file (blank lines are skipped) or of the array in a `.json` file."""
-    if path.suffix not in (".json", ".jsonl"):
-        raise InputError(f"{path}: conversations are read from .json and .jsonl: rename or convert it")
-    try:
-        content = path.open("rb")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}): check the path") from None
-    with content:
+    """The JSON values of a `.jsonl` file (blank lines are skipped) or of the array in a `.json` file; parquet rows."""
+    name = path.name
+    if not name.endswith((*JSON_SUFFIXES, *LINES_SUFFIXES, ".parquet", ".txt")):
+        raise InputError(f"{path}: examples are read from .json, .jsonl, .parquet and .txt: rename or convert it")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file: check the path")
+    if name.endswith(".parquet"):
+        yield from _parquet(path)
+        return
+    with open_bytes(str(path)) as content:
         try:
-            yield from _lines(content) if path.suffix == ".jsonl" else _array(_decode(content.read(), line=1))
+            if name.endswith(".txt"):
+                yield Located(0, "1", {"text": _decode(content.read(), line=1)})
+            elif name.endswith(LINES_SUFFIXES):
+                yield from _lines(content)
+            elif _is_object(first := content.readline()):
+                yield from _lines(chain([first], content))
+            else:
+                yield from _array(_decode(first + content.read(), line=1))
         except _Unreadable as error:
-            raise InputError(f"{path}, line {error.line}: {error.reason}: repair or remove it") from None
+            raise InputError(f"{path}:{error.line}: {error.reason}: repair or remove it") from None
+
+
+def _is_object(line: bytes) -> bool:
+    """Whether a `.json` file's first line is a whole record, so that the file is one of lines after all."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 class _Unreadable(Exception):
@@ -82,21 +126,33 @@ def _decode(content: bytes, *, line: int) -> str:
         raise _Unreadable(line + content.count(b"\n", 0, error.start), f"not UTF-8 ({error.reason})") from None
 
 
+class _Unparsed(NamedTuple):
+    """In place of a record: why a line holds none. Only its own line is lost."""
+
+    reason: str
+
+
 def _lines(lines: Iterable[bytes]) -> Iterator[Located]:
-    for number, content in enumerate(lines, start=1):
-        line = _decode(content, line=number)
-        if not line.strip():
-            continue
+    record: Any
+    for number, content in enumerate(lines):
         try:
-            yield Located(number, json.loads(line))
+            line = _decode(content, line=number + 1)
+            if not line.strip():
+                continue
+            record = json.loads(line)
+        except _Unreadable as error:
+            record = _Unparsed(error.reason)
         except json.JSONDecodeError as error:
-            raise _Unreadable(number, f"not valid JSON ({error.msg} at column {error.colno})") from None
+            record = _Unparsed(f"not valid JSON ({error.msg} at column {error.colno})")
+        except RecursionError:
+            record = _Unparsed("not valid JSON (nested too deeply)")
+        yield Located(number, str(number + 1), record)
 
 
 def _array(text: str) -> Iterator[Located]:
     """Element by element, so that each is known by its line."""
     decoder = json.JSONDecoder()
-    position, line, counted = _skip_space(text, 0), 1, 0
+    position, line, counted, number = _skip_space(text, 0), 1, 0, 0
 
     def line_at(end: int) -> int:
         nonlocal line, counted
@@ -112,7 +168,8 @@ def _array(text: str) -> Iterator[Located]:
             record, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise _Unreadable(line_at(error.pos), f"not valid JSON ({error.msg})") from None
-        yield Located(start, record)
+        yield Located(number, str(start), record)
+        number += 1
         position = _skip_space(text, position)
         if text.startswith(",", position):
             position = _skip_space(text, position + 1)
@@ -126,12 +183,49 @@ def _skip_space(text: str, position: int) -> int:
     return position
 
 
-def to_conversation(record: Any) -> Conversation:
-    """One record of any of the formats as a conversation.
+def _parquet(path: Path) -> Iterator[Located]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for record in batch.to_pylist():
+                    # A column stands in every row: where it is null, the record has no such field.
+                    present = {key: value for key, value in record.items() if value is not None}
+                    yield Located(number, f"row {number + 1}", present)
+                    number += 1
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: is not a whole parquet file ({reason}): fetch it again") from None
+
+
+def to_example(record: Any) -> Example | ReadyRow:
+    """One record of any format.
 
     Raises:
         InputError: naming the field (the caller adds file and line).
     """
+    if isinstance(record, dict):
+        if all(key in record for key in _ROW_KEYS):
+            return _ready_row(record)
+        if "text" in record and not any(all(key in record for key in keys) for keys in FORMATS):
+            text = _text(record, "text")
+            if not text.strip():
+                raise InputError("field 'text' is empty: fill it or drop the record")
+            return PlainText(text)
+    return to_conversation(record)
+
+
+def to_conversation(record: Any) -> Conversation:
+    """One record of any of the conversation formats.
+
+    Raises:
+        InputError: naming the field (the caller adds file and line).
+    """
+    if isinstance(record, _Unparsed):
+        raise InputError(f"{record.reason}: repair or remove it")
     if not isinstance(record, dict):
         raise InputError(f"a record must be an object, not {_kind(record)}")
     for keys, convert in FORMATS.items():
@@ -139,7 +233,7 @@ def to_conversation(record: Any) -> Conversation:
             conversation = Conversation(tuple(convert(record)))
             break
     else:
-        known = "; ".join(" + ".join(keys) for keys in FORMATS)
+        known = "; ".join(" + ".join(keys) for keys in (*FORMATS, ("text",), _ROW_KEYS))
         raise InputError(
             f"unknown format with the fields {', '.join(map(str, record)) or '(none)'}: expected one of {known}"
         )
@@ -167,8 +261,10 @@ def _messages(record: Record) -> Iterator[Turn]:
 
 
 def _sharegpt(record: Record) -> Iterator[Turn]:
-    yield from _system(record)
-    yield from _turns(record, "conversations", role_key="from", text_key="value")
+    turns = list(_turns(record, "conversations", role_key="from", text_key="value"))
+    if turns[0].role != "system":
+        yield from _system(record)
+    yield from turns
 
 
 FORMATS: dict[tuple[str, ...], Callable[[Record], Iterator[Turn]]] = {
@@ -177,6 +273,21 @@ FORMATS: dict[tuple[str, ...], Callable[[Record], Iterator[Turn]]] = {
     ("prompt", "completion"): _pair,
     ("instruction", "output"): _alpaca,
 }
+_ROW_KEYS = ("token_ids", "loss_mask", "label_ids")
+
+
+def _ready_row(record: Record) -> ReadyRow:
+    try:
+        planes = np.array([record[key] for key in _ROW_KEYS])
+    except ValueError:
+        planes = np.empty(0)
+    if planes.ndim != 2 or planes.dtype.kind not in "iu" or not planes.shape[1]:
+        raise InputError(f"{', '.join(_ROW_KEYS)} must be lists of integers, all of one length")
+    if planes.min() < 0 or planes.max() >= 1 << 30:
+        raise InputError("token_ids and label_ids must be ids of a vocabulary: process the row again")
+    if not ((planes[1] == 0) | (planes[1] == 1)).all():
+        raise InputError("field 'loss_mask' holds other numbers than 0 and 1")
+    return ReadyRow(planes.astype(np.int32))
 
 
 def _system(record: Record) -> Iterator[Turn]:
@@ -195,7 +306,17 @@ def _turns(record: Record, field: str, *, role_key: str, text_key: str) -> Itera
         role = _text(turn, role_key, place=f"{place}.")
         if role not in ROLES:
             raise InputError(f"field '{place}.{role_key}': unknown role '{role}': use one of {', '.join(ROLES)}")
-        yield Turn(ROLES[role], _text(turn, text_key, place=f"{place}."))
+        yield Turn(ROLES[role], _text(turn, text_key, place=f"{place}."), trained=_weight(turn, place))
+
+
+def _weight(turn: Record, place: str) -> bool:
+    """OpenAI's per-message weight: 0 or 1."""
+    weight = turn.get("weight")
+    if weight is None:
+        return True
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise InputError(f"field '{place}.weight' must be 0 or 1, not {json.dumps(weight)}: a loss mask knows no other")
+    return bool(weight)
 
 
 def _text(record: Record, field: str, *, optional: bool = False, place: str = "") -> str:
@@ -204,6 +325,8 @@ def _text(record: Record, field: str, *, optional: bool = False, place: str = ""
         return ""
     if field not in record:
         raise InputError(f"field '{place}{field}' is missing")
+    if isinstance(value, list) and value and all(_is_text_part(part) for part in value):
+        value = "".join(part["text"] for part in value)
     if not isinstance(value, str):
         raise InputError(f"field '{place}{field}' must be text, not {_kind(value)}")
     try:
@@ -211,6 +334,11 @@ def _text(record: Record, field: str, *, optional: bool = False, place: str = ""
     except UnicodeEncodeError:
         raise InputError(f"field '{place}{field}' holds half of a surrogate pair: repair the text") from None
     return value
+
+
+def _is_text_part(part: Any) -> bool:
+    """OpenAI also writes a content as a list of parts; those of text say the same as a string."""
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _kind(value: Any) -> str:

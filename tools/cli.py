@@ -16,7 +16,7 @@ COMMANDS = {
     ),
     "pretrain": ("tools.pretrain", "pretrain from a params.yaml"),
     "plan": ("tools.plan", "what a params.yaml takes of a cluster: memory, layouts, days, cost"),
-    "finetune": ("finetune.commands", "conversations to masked sequences: prepare, show"),
+    "finetune": ("finetune.commands", "instruction tuning: prepare data, show its mask"),
     "convert": ("tools.convert", "checkpoints: Hugging Face <-> Megatron, any TP and PP"),
     "generate": ("tools.generate", "complete or infill code with a Hugging Face checkpoint"),
     "chat": ("tools.chat", "talk to a Hugging Face checkpoint"),

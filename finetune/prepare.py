@@ -1,0 +1,323 @@
+"""From files of examples to a folder of masked rows.
+
+    out/data-00000.h5 ...      rows to train on, shuffled        out/valid/data-00000.h5    held-out conversations
+    out/prepare.json           settings, counts, statistics      out/rejects.jsonl          records left out, and why
+    out/chat_format.yaml       the chat template
+
+The folder is made aside and gets its name when it is whole. Tokens lie on disk meanwhile, so memory holds some tens of
+bytes per example, whatever its length.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.errors import InputError
+from data_prep.provenance import Span
+from data_prep.sequences import SequenceWriter
+from data_prep.sources import Fault, FaultPolicy, discover
+from data_prep.tokenizer import Tokenizer
+from finetune.chat_format import ChatFormat, Encoded, encode
+from finetune.conversation import DEFAULT_SYSTEM_PROMPT, Conversation, Example
+from finetune.fitting import LongPolicy, fit
+from finetune.packing import BestFitRows, PackedRows, Part, Rows
+from finetune.recipe import SourceSettings, epochs_of, repeated
+from finetune.sources import ReadyRow, read_examples
+from finetune.store import ExampleStore
+from finetune.templates import TEMPLATE_FILE
+
+ROWS_PER_FILE = 100_000
+PREPARE_FILE, REJECTS_FILE, VALID = "prepare.json", "rejects.jsonl", "valid"
+# Sources of a folder that are no examples: what this command leaves there.
+_OWN = (PREPARE_FILE, REJECTS_FILE)
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """How examples become rows.
+
+    packing: concatenate (the reference's rows) or best-fit (no conversation is cut). long: see `fitting.fit`; None is
+    cut for concatenate and truncate for best-fit. valid: share of the conversations to hold out. dedup: leave out
+    examples whose ids have been seen. on_error: stop at the first bad record, or skip and list it.
+    """
+
+    max_seq_length: int = 2048
+    packing: Literal["concatenate", "best-fit"] = "concatenate"
+    chat_format: ChatFormat = field(default_factory=ChatFormat)
+    system: str = DEFAULT_SYSTEM_PROMPT
+    long: LongPolicy | None = None
+    valid: float = 0.0
+    dedup: bool = True
+    seed: int = 1
+    on_error: Literal["stop", "skip"] = "stop"
+
+    @property
+    def long_policy(self) -> LongPolicy:
+        """`long`, with its default filled in."""
+        return self.long or ("cut" if self.packing == "concatenate" else "truncate")
+
+
+@dataclass
+class _Side:
+    """Training or validation: the stored examples, ready rows apart, and where each came from."""
+
+    store: ExampleStore
+    ready: ExampleStore
+    origin: list[tuple[int, int, int]] = field(default_factory=list)  # source, file, record of each example
+    ready_origin: list[tuple[int, int, int]] = field(default_factory=list)
+
+
+def prepare(
+    sources: Sequence[SourceSettings], out: Path, tokenizer: Tokenizer, options: PrepareOptions
+) -> dict[str, Any]:
+    """Write the folder `out` and return what `prepare.json` holds.
+
+    Raises:
+        InputError: a bad record (unless skipped), a file that cannot be read, settings that contradict each other, or
+            data without any token to train on. Nothing is left behind then.
+    """
+    if options.packing == "best-fit" and options.long_policy == "cut":
+        raise InputError("--packing best-fit cuts no conversation: choose --long truncate, split or drop")
+    faults = FaultPolicy(options.on_error)
+    with _folder(out) as partial:
+        files: list[str] = []
+        sides = [_Side(ExampleStore(partial / f".{n}"), ExampleStore(partial / f".{n}-ready")) for n in "tv"]
+        statistics = [
+            _read_source(number, source, files, sides, tokenizer, options, faults)
+            for number, source in enumerate(sources)
+        ]
+        epochs = epochs_of(sources, [each["tokens"] for each in statistics])
+        for each, times in zip(statistics, epochs, strict=True):
+            each["epochs"] = round(times, 4)
+        rng = np.random.default_rng(options.seed)
+        report: dict[str, Any] = {"sources": statistics}
+        written = {}
+        for name, side, folder in zip(("train", VALID), sides, (partial, partial / VALID), strict=True):
+            passes = epochs if name == "train" else [1.0] * len(epochs)
+            written[name] = _write_side(side, folder, passes, files, tokenizer, options, rng)
+            side.store.close()
+            side.ready.close()
+        for file in partial.glob(".*"):
+            file.unlink()
+        if not written["train"]["trained_tokens"]:
+            raise InputError(
+                f"{sources[0].path}: no assistant token to train on in the whole data: is it the right file?"
+            )
+        if not written[VALID]["rows"]:
+            shutil.rmtree(partial / VALID, ignore_errors=True)
+            del written[VALID]
+        report |= written
+        report["rejected"] = len(faults.faults)
+        report["settings"] = _settings(tokenizer, options)
+        (partial / PREPARE_FILE).write_text(json.dumps(report, indent=2) + "\n")
+        (partial / TEMPLATE_FILE).write_text(options.chat_format.template.to_yaml())
+        if faults.faults:
+            _write_rejects(partial / REJECTS_FILE, faults.faults)
+    return report
+
+
+def _settings(tokenizer: Tokenizer, options: PrepareOptions) -> dict[str, Any]:
+    return {
+        "max_seq_length": options.max_seq_length,
+        "packing": options.packing,
+        "template": options.chat_format.template.name,
+        "train": options.chat_format.train,
+        "turn_ends": options.chat_format.turn_ends,
+        "long": options.long_policy,
+        "valid": options.valid,
+        "dedup": options.dedup,
+        "seed": options.seed,
+        "system": options.system,
+        "tokenizer": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+    }
+
+
+def _write_rejects(path: Path, faults: Sequence[Fault]) -> None:
+    lines = (json.dumps({"file": f.path, "place": f.place, "reason": f.reason}) + "\n" for f in faults)
+    path.write_text("".join(lines))
+
+
+@contextmanager
+def _folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its place when all went well, and vanishes when not."""
+    if out.is_file():
+        raise InputError(f"{out}: is a file: choose another --out")
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror}): choose another --out") from None
+    try:
+        yield partial
+        if out.exists():
+            if any(out.iterdir()) and not (out / PREPARE_FILE).is_file():
+                raise InputError(f"{out}: holds other files than prepared rows: choose another --out")
+            shutil.rmtree(out)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _read_source(
+    number: int,
+    source: SourceSettings,
+    files: list[str],
+    sides: Sequence[_Side],
+    tokenizer: Tokenizer,
+    options: PrepareOptions,
+    faults: FaultPolicy,
+) -> dict[str, Any]:
+    """Encode one source's examples into the stores; what was found."""
+    counts: Counter[str] = Counter()
+    seen: set[bytes] = set()
+    system = options.system if source.system is None else source.system
+    rejected = len(faults.faults)
+
+    def encode_one(example: Example) -> Encoded:
+        return next(encode((example,), tokenizer, options.chat_format))
+
+    for file in discover([source.path]):
+        if Path(file.path).name in _OWN:
+            continue
+        files.append(file.path)
+        for record, example in read_examples(Path(file.path), faults):
+            origin = (number, len(files) - 1, record)
+            if isinstance(example, ReadyRow):
+                counts["ready_rows"] += 1
+                _keep_ready(example, sides[0], origin, f"{file.path}, record {record + 1}", options, faults, tokenizer)
+                continue
+            if isinstance(example, Conversation):
+                example = example.with_system(system)
+                counts["conversations"] += 1
+                counts["turns"] += len(example.turns)
+                counts["empty_answers"] += any(t.role == "assistant" and not t.text for t in example.turns)
+            else:
+                counts["texts"] += 1
+            for document in fit(example, encode_one, options.max_seq_length, options.long_policy, counts):
+                digest = blake2b(document.ids.tobytes(), digest_size=16).digest()
+                if options.dedup and digest in seen:
+                    counts["duplicates"] += 1
+                    continue
+                seen.add(digest)
+                # By its content: equal conversations fall on the same side, whatever the order of the files.
+                share = int.from_bytes(blake2b(digest, key=str(options.seed).encode()).digest()[:8]) / 2**64
+                side = sides[1] if share < options.valid else sides[0]
+                side.store.append(document)
+                side.origin.append(origin)
+                counts["tokens"] += len(document.ids)
+    found = {key: counts[key] for key in ("conversations", "turns", "texts", "ready_rows", "tokens")}
+    optional = ("empty_answers", "duplicates", "truncated", "split", "dropped", "dropped_exchanges")
+    found |= {key: counts[key] for key in optional if counts[key]}
+    if len(faults.faults) > rejected:
+        found["rejected"] = len(faults.faults) - rejected
+    return {"path": str(source.path), **found}
+
+
+def _keep_ready(
+    row: ReadyRow,
+    side: _Side,
+    origin: tuple[int, int, int],
+    place: str,
+    options: PrepareOptions,
+    faults: FaultPolicy,
+    tokenizer: Tokenizer,
+) -> None:
+    """A processed row goes through as it is, if its length, its ids and its labels fit."""
+    tokens, mask, labels = row.planes
+    path, _, record = place.rpartition(", ")
+    if len(tokens) != options.max_seq_length:
+        reason = f"a processed row of {len(tokens)} tokens among rows of {options.max_seq_length}: --max-seq-length"
+    elif not np.array_equal(tokens[1:], labels[:-1]):
+        reason = "a processed row whose labels are not the tokens that follow: process it again"
+    elif max(tokens.max(), labels[-1]) >= max(tokenizer.vocab_size, 1):
+        reason = f"a processed row with ids outside the tokenizer's vocabulary of {tokenizer.vocab_size}"
+    else:
+        ids = np.append(tokens, labels[-1])
+        side.ready.append(Encoded(ids.astype(np.int32), np.append([False], mask).astype(np.bool_)))
+        side.ready_origin.append(origin)
+        return
+    faults(Fault(path, record, reason))
+
+
+class _Chosen:
+    """The stored documents in the order and as often as they are packed."""
+
+    def __init__(self, store: ExampleStore, order: NDArray[np.int64]) -> None:
+        self._store, self.order = store, order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> Encoded:
+        return self._store[int(self.order[index])]
+
+
+def _write_side(
+    side: _Side,
+    folder: Path,
+    epochs: Sequence[float],
+    files: Sequence[str],
+    tokenizer: Tokenizer,
+    options: PrepareOptions,
+    rng: np.random.Generator,
+) -> dict[str, Any]:
+    """Pack, shuffle and write one side's rows."""
+    source_of = np.array([source for source, _, _ in side.origin], np.int64)
+    chosen = [
+        mine[repeated(len(mine), times, rng)]
+        for number, times in enumerate(epochs)
+        if len(mine := np.flatnonzero(source_of == number))
+    ]
+    order = np.concatenate(chosen) if chosen else np.empty(0, np.int64)
+    length = options.max_seq_length
+    settings: dict[str, Any] = {"seq_length": length, "pad_id": tokenizer.eos_id}
+    lengths = side.store.lengths[order]
+    documents = _Chosen(side.store, order)
+    packed: Rows
+    if options.packing == "concatenate":
+        packed = PackedRows(documents, lengths=lengths, **settings)
+    else:
+        packed = BestFitRows(documents, lengths=lengths, **settings)
+    ready = [PackedRows([side.ready[i]], seq_length=length, pad_id=tokenizer.eos_id) for i in range(len(side.ready))]
+    total = len(packed) + len(ready)
+    trained = 0
+    shuffled = rng.permutation(total).tolist()
+
+    def span(part: Part, origin: Sequence[tuple[int, int, int]], number: int) -> Span:
+        _, file, record = origin[number]
+        return Span(files[file], record, part.start)
+
+    for begin in range(0, total, ROWS_PER_FILE):
+        with SequenceWriter(folder / f"data-{begin // ROWS_PER_FILE:05d}.h5", length) as writer:
+            for row in shuffled[begin : begin + ROWS_PER_FILE]:
+                if row < len(packed):
+                    planes = packed[row]
+                    spans = [span(part, side.origin, int(order[part.document])) for part in packed.parts(row)]
+                else:
+                    planes = ready[row - len(packed)][0]
+                    spans = [span(Part(0, 0), side.ready_origin, row - len(packed))]
+                trained += int(planes[1].sum())
+                writer.write(planes[np.newaxis], [spans])
+    tokens = int(lengths.sum()) + len(ready) * length
+    percentiles = np.percentile(lengths, (50, 90, 99, 100)).astype(int).tolist() if len(lengths) else [0] * 4
+    return {
+        "documents": len(order),
+        "rows": total,
+        "tokens": tokens,
+        "trained_tokens": trained,
+        "fill": round(tokens / (total * length), 4) if total else 0.0,
+        "document_tokens": dict(zip(("median", "p90", "p99", "longest"), percentiles, strict=True)),
+    }

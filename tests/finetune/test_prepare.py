@@ -1,0 +1,225 @@
+"""`prepare` from files to rows: sources, shares, held-out conversations, repetitions, provenance, refusals."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.errors import InputError
+from data_prep.sequences import SequenceFile, sequence_files
+from finetune.chat_format import ChatFormat
+from finetune.prepare import PrepareOptions, prepare
+from finetune.recipe import SourceSettings, parse_source, read_recipe
+from finetune.show import show, write_html
+from tools.cli import main
+
+LENGTH = 64
+BEST_FIT = PrepareOptions(max_seq_length=LENGTH, packing="best-fit", system="")
+
+
+def write_pairs(path: Path, names: list[str]) -> Path:
+    path.write_text("\n".join(json.dumps({"prompt": f"say {name}", "completion": f"{name} ."}) for name in names))
+    return path
+
+
+def rows_of(folder: Path) -> list[tuple[np.ndarray, list]]:
+    found = []
+    for path in sequence_files(folder):
+        with SequenceFile(path) as file:
+            found += [(file[i], file.spans(i)) for i in range(len(file))]
+    return found
+
+
+def documents(folder: Path, tokenizer) -> list[tuple[str, str, int]]:
+    """Text, file and record of every document in rows of whole documents."""
+    found = []
+    for planes, spans in rows_of(folder):
+        text = tokenizer.decode(planes[0])
+        pieces = [piece for piece in text.replace("<s>", "\x00<s>").split("\x00") if piece]
+        pieces = [piece.split("</s>")[0] for piece in pieces]
+        assert len(pieces) == len(spans)
+        found += [(piece, Path(span.path).name, span.document) for piece, span in zip(pieces, spans, strict=True)]
+    return found
+
+
+def test_rows_say_which_records_they_hold(tmp_path: Path, tokenizer) -> None:
+    names = [f"word{i}" for i in range(30)]
+    source = SourceSettings(write_pairs(tmp_path / "pairs.jsonl", names))
+    facts = prepare([source], tmp_path / "rows", tokenizer, BEST_FIT)
+    found = documents(tmp_path / "rows", tokenizer)
+    assert sorted(number for _, _, number in found) == list(range(30))
+    for text, file, number in found:
+        assert file == "pairs.jsonl"
+        assert text.endswith(f" word{number} .")
+    assert facts["train"]["documents"] == 30
+    assert facts["train"]["tokens"] == sum(len(p[0]) for p, _ in rows_of(tmp_path / "rows")) - _padding(
+        tmp_path, tokenizer
+    )
+    written = json.loads((tmp_path / "rows/prepare.json").read_text())
+    assert written == facts
+
+
+def _padding(folder: Path, tokenizer) -> int:
+    ids = np.concatenate([p[0] for p, _ in rows_of(folder / "rows")])
+    return int((ids == tokenizer.eos_id).sum()) - 30
+
+
+def test_validation_is_by_conversation_and_stays_with_its_content(tmp_path: Path, tokenizer) -> None:
+    """A quarter held out; none on both sides; more data changes nobody's side."""
+    names = [f"word{i}" for i in range(200)]
+    first = SourceSettings(write_pairs(tmp_path / "a.jsonl", names[:150]))
+    more = SourceSettings(write_pairs(tmp_path / "b.jsonl", names[::-1]))
+    options = PrepareOptions(max_seq_length=LENGTH, packing="best-fit", system="", valid=0.25)
+    prepare([first], tmp_path / "one", tokenizer, options)
+    prepare([more], tmp_path / "two", tokenizer, options)
+    held = {text for text, _, _ in documents(tmp_path / "one/valid", tokenizer)}
+    trained = {text for text, _, _ in documents(tmp_path / "one", tokenizer)}
+    assert len(held | trained) == 150
+    assert not held & trained
+    assert 20 < len(held) < 60
+    assert held <= {text for text, _, _ in documents(tmp_path / "two/valid", tokenizer)}
+    assert trained <= {text for text, _, _ in documents(tmp_path / "two", tokenizer)}
+
+
+def test_epochs_weights_and_repetitions(tmp_path: Path, tokenizer) -> None:
+    write_pairs(tmp_path / "a.jsonl", ["ab", "cd", "ab"])
+    write_pairs(tmp_path / "b.jsonl", [f"x{i}" for i in range(10)])
+    (tmp_path / "recipe.yaml").write_text("sources: [{path: a.jsonl, epochs: 2}, {path: b.jsonl, epochs: 1.5}]")
+    facts = prepare(read_recipe(tmp_path / "recipe.yaml"), tmp_path / "rows", tokenizer, BEST_FIT)
+    seen = Counter((file, number) for _, file, number in documents(tmp_path / "rows", tokenizer))
+    assert facts["sources"][0]["duplicates"] == 1
+    assert [seen[("a.jsonl", i)] for i in range(3)] == [2, 2, 0]
+    assert sorted(seen[("b.jsonl", i)] for i in range(10)) == [1] * 5 + [2] * 5
+    assert parse_source("a.jsonl@2.5") == SourceSettings(Path("a.jsonl"), epochs=2.5)
+    assert parse_source("a@b.jsonl") == SourceSettings(Path("a@b.jsonl"))
+
+    (tmp_path / "recipe.yaml").write_text("sources: [{path: a.jsonl, weight: 1}, {path: b.jsonl, weight: 1}]")
+    facts = prepare(read_recipe(tmp_path / "recipe.yaml"), tmp_path / "rows", tokenizer, BEST_FIT)
+    tokens = [each["tokens"] * each["epochs"] for each in facts["sources"]]
+    assert tokens[0] == pytest.approx(tokens[1], rel=1e-3)
+    assert facts["sources"][1]["epochs"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        ("sources: []", "a list of entries with a path"),
+        ("sources: [{path: a, size: 3}]", r"sources\[0\]: an entry has a path"),
+        ("sources: [{path: a, epochs: 0}]", r"sources\[0\]: epochs must be a number above 0, not 0"),
+        ("sources: [{path: a, epochs: 1, weight: 1}]", "has epochs and weight"),
+        ("sources: [{path: a, weight: 1}, {path: b}]", r"sources\[1\] has no weight, others have"),
+        ("sources: [", "is not YAML"),
+    ],
+)
+def test_a_recipe_that_makes_no_sense_is_told(tmp_path: Path, recipe: str, says: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    with pytest.raises(InputError, match=says):
+        read_recipe(tmp_path / "recipe.yaml")
+
+
+def test_processed_rows_and_texts_are_mixed_in(tmp_path: Path, tokenizer) -> None:
+    ids = np.arange(300, 300 + LENGTH + 1)
+    row = {"token_ids": ids[:-1].tolist(), "loss_mask": [1] * LENGTH, "label_ids": ids[1:].tolist()}
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"text": "plain words"}))
+    write_pairs(tmp_path / "in/sub.jsonl", ["ab"])
+    for packing in ("concatenate", "best-fit"):
+        options = PrepareOptions(max_seq_length=LENGTH, packing=packing, system="")
+        prepare([SourceSettings(tmp_path / "in")], tmp_path / "rows", tokenizer, options)
+        rows = [planes for planes, _ in rows_of(tmp_path / "rows")]
+        assert any(np.array_equal(planes, [row["token_ids"], row["loss_mask"], row["label_ids"]]) for planes in rows)
+        assert len(rows) == 2
+        mixed = next(planes for planes in rows if planes[0, 0] == tokenizer.bos_id)
+        assert mixed[1, : len(tokenizer.encode("plain words")) + 1].all()
+    with pytest.raises(InputError, match=r"rows\.jsonl:record 1: a processed row of 64 tokens among rows of 32"):
+        prepare([SourceSettings(tmp_path / "in")], tmp_path / "rows", tokenizer, PrepareOptions(max_seq_length=32))
+
+
+def test_refusals_leave_nothing_and_take_nothing(tmp_path: Path, tokenizer) -> None:
+    good = SourceSettings(write_pairs(tmp_path / "a.jsonl", ["ab"]))
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "thesis.tex").write_text("x")
+    with pytest.raises(InputError, match="holds other files than prepared rows"):
+        prepare([good], kept, tokenizer, BEST_FIT)
+    assert [path.name for path in kept.iterdir()] == ["thesis.tex"]
+    context = {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a", "weight": 0}]}
+    (tmp_path / "none.jsonl").write_text(json.dumps(context))
+    with pytest.raises(InputError, match="no assistant token to train on in the whole data"):
+        prepare([SourceSettings(tmp_path / "none.jsonl")], tmp_path / "out", tokenizer, BEST_FIT)
+    cut = PrepareOptions(max_seq_length=LENGTH, packing="best-fit", long="cut")
+    with pytest.raises(InputError, match="best-fit cuts no conversation"):
+        prepare([good], tmp_path / "out", tokenizer, cut)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "kept", "none.jsonl"]
+
+
+def test_skip_lists_what_was_left_out(tmp_path: Path, tokenizer_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_pairs(tmp_path / "a.jsonl", ["ab"])
+    source.write_text(source.read_text() + '\n{"prompt": "x"}\n{oops\n')
+    arguments = [
+        "finetune",
+        "prepare",
+        str(source),
+        "--out",
+        str(tmp_path / "rows"),
+        "--tokenizer",
+        str(tokenizer_file),
+    ]
+    with pytest.raises(SystemExit) as status:
+        main([*arguments, "--on-error", "skip", "--max-seq-length", "64"])
+    assert not status.value.code
+    rejects = [json.loads(line) for line in (tmp_path / "rows/rejects.jsonl").read_text().splitlines()]
+    assert [(Path(r["file"]).name, r["place"]) for r in rejects] == [("a.jsonl", "2"), ("a.jsonl", "3")]
+    assert "2 records left out" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as status:
+        main([*arguments, "--recipe", "r.yaml"])
+    assert status.value.code == 2
+
+
+def test_masks_of_the_options(tmp_path: Path, tokenizer) -> None:
+    """All text trains every label of a conversation but the last token's, which has none."""
+    turns = [("user", "u"), ("assistant", "one"), ("user", "v"), ("assistant", "two")]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}))
+    shares = {}
+    for train in ("assistant", "last", "all"):
+        options = PrepareOptions(
+            max_seq_length=LENGTH, packing="best-fit", system="", chat_format=ChatFormat(train=train)
+        )
+        facts = prepare([SourceSettings(tmp_path / "a.jsonl")], tmp_path / "rows", tokenizer, options)
+        shares[train] = facts["train"]["trained_tokens"]
+    one, two = len(tokenizer.encode("one")), len(tokenizer.encode("two"))
+    assert shares == {"assistant": one + two + 1, "last": two + 1, "all": facts["train"]["tokens"] - 1}
+
+
+def test_html_shows_what_is_trained(tmp_path: Path, tokenizer) -> None:
+    """Every trained token is inside a coloured span, every other outside; text is escaped; documents are parted."""
+    write_pairs(tmp_path / "a.jsonl", ["<b>&", "two"])
+    prepare([SourceSettings(tmp_path / "a.jsonl")], tmp_path / "rows", tokenizer, BEST_FIT)
+    write_html(tmp_path / "rows", tokenizer, tmp_path / "page.html", start=0, count=5)
+    page = (tmp_path / "page.html").read_text()
+    assert '<span class="trained">&lt;b&gt;&amp; .</span><span class="trained control">&lt;/s&gt;</span>' in page
+    assert "<b>&" not in page
+    assert page.count("<hr>") == 1
+    assert "from a.jsonl #1, a.jsonl #2" in page
+    with pytest.raises(InputError, match="has no row 7"):
+        write_html(tmp_path / "rows", tokenizer, tmp_path / "other.html", start=7, count=1)
+    assert not (tmp_path / "other.html").exists()
+    from rich.console import Console
+
+    console = Console(record=True, width=100, color_system=None)
+    show(tmp_path / "rows", tokenizer, console, start=0, count=1)
+    assert "⟦two .⟧⟦</s>⟧" in console.export_text()
+
+
+def test_code_alpaca_is_packed_tight(shared: Path, tmp_path: Path) -> None:
+    from data_prep.tokenizer import load_tokenizer
+
+    published = load_tokenizer(shared / "data/crystalcoder_tokenizer.json")
+    options = PrepareOptions(packing="best-fit")
+    facts = prepare([SourceSettings(shared / "data/code_alpaca_2k.json")], tmp_path / "rows", published, options)
+    assert facts["sources"][0]["conversations"] == 2017
+    assert facts["train"]["fill"] > 0.97
