@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
@@ -10,7 +14,7 @@ import numpy as np
 import pytest
 
 from data_prep.errors import InputError
-from data_prep.sequences import SequenceFile, SequenceWriter, sequence_files
+from data_prep.sequences import SequenceFile, SequenceWriter, compress_row, sequence_files
 
 
 def make_rows(count: int, length: int, seed: int = 0) -> np.ndarray:
@@ -40,6 +44,45 @@ def test_layout_is_the_format(tmp_path: Path) -> None:
     assert np.array_equal(again[3], rows[3])
     with pytest.raises(IndexError):
         file_[7]
+
+
+def text_like_rows(count: int, length: int) -> np.ndarray:
+    """Sequences as packing makes them: a few tokens very often, most seldom; labels are the next tokens."""
+    stream = np.random.default_rng(1).zipf(1.3, count * length + 1) % 32000
+    tokens, labels = stream[:-1].reshape(count, length), stream[1:].reshape(count, length)
+    return np.stack([tokens, np.ones_like(tokens), labels], axis=1).astype(np.int32)
+
+
+def digests(rows: np.ndarray, order: np.ndarray) -> list[str]:
+    """The hash of each row's compressed bytes, compressed in this order."""
+    found = {int(number): hashlib.blake2b(compress_row(rows[number])).hexdigest() for number in order}
+    return [found[number] for number in range(len(rows))]
+
+
+IN_A_FRESH_PROCESS = """
+import importlib.util, json, sys
+import numpy as np
+spec = importlib.util.spec_from_file_location("rows", sys.argv[1])
+module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
+rows = module.text_like_rows(int(sys.argv[2]), int(sys.argv[3]))
+print(json.dumps(module.digests(rows, np.random.default_rng(int(sys.argv[4])).permutation(len(rows)))))
+"""
+
+
+@pytest.mark.parametrize(
+    ("count", "length", "processes"), [(400, 512, 1), pytest.param(12_500, 2048, 8, marks=pytest.mark.slow)]
+)
+def test_same_bytes_in_every_process(count: int, length: int, processes: int) -> None:
+    """A row's compressed bytes depend on the row alone: not on what the process compressed before, nor on the process.
+
+    Planted: one compressor kept and flushed for all rows (zlib.compressobj, Z_SYNC_FLUSH) -> fails.
+    """
+    rows = text_like_rows(count, length)
+    expected = digests(rows, np.arange(count))
+    for seed in range(processes):
+        command = [sys.executable, "-c", IN_A_FRESH_PROCESS, __file__, str(count), str(length), str(seed)]
+        output = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+        assert json.loads(output) == expected
 
 
 def test_many_rows_and_no_rows(tmp_path: Path) -> None:
