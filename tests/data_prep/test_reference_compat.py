@@ -13,7 +13,6 @@ import h5py
 import numpy as np
 import pytest
 
-from data_prep.cleaning import NOT_PLAIN, Cleaning, wikitext_detokenize
 from data_prep.commands import main as data
 from data_prep.create_hdf5_dataset import main
 from data_prep.errors import InputError
@@ -171,25 +170,3 @@ def test_the_published_command_line(workplace: Path, repo_root: Path, tmp_path: 
     bad = subprocess.run([*command, "--eos_id", "7"], cwd=workplace, capture_output=True, text=True)
     assert bad.returncode == 2
     assert len(bad.stderr.splitlines()) == 1
-
-
-def test_cleaning_skips_ftfy_only_where_it_changes_nothing(shared: Path) -> None:
-    import ftfy
-
-    plain = "".join(map(chr, range(0x20, 0x7F))).replace("&", "") + "\t\n  '\"<b> x"
-    assert not NOT_PLAIN.search(plain)
-    assert ftfy.fix_text(plain, normalization="NFC") == plain
-    clean = Cleaning(use_ftfy=True)
-    for text, expected in (("“q”", '"q"'), ("a\r\nb", "a\nb"), ("&lt;", "<"), ("e\u0301", "é"), ("a\x00b", "ab")):
-        assert NOT_PLAIN.search(text)
-        assert clean(text) == expected
-        assert Cleaning()(text) == text
-    cases = json.loads((shared / "fixtures/data/text_cases.json").read_text())["old"]["ftfy_fix_text_nfc"]
-    for text, expected in cases.items():
-        assert clean(json.loads(text)) == expected
-
-
-def test_wikitext() -> None:
-    assert wikitext_detokenize(" = = Title = = \n The 1 @,@ 000 \" words \" , ( he 's ) .") == (
-        ' == Title ==\nThe 1,000 "words", (he\'s) .'
-    )  # fmt: skip
