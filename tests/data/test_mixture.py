@@ -141,6 +141,10 @@ def test_the_stream_can_be_entered_anywhere_and_dealt_to_any_layout() -> None:
             for rank in range(dp)
         ]
         assert np.array_equal(np.concatenate(dealt), whole[1_000:1_240])
+    for start, size in ((1_000, 3_000), (1_020, 8), (1_024, 1_024)):  # over the seams of what is computed at once
+        assert np.array_equal(
+            again.rows(start, micro_batch_size=size, dp_rank=0, dp_size=1), whole[start : start + size]
+        )
     assert len(order.at(np.array([10**15, 10**15 + 1]))) == 2  # a far position costs what a near one costs
     assert not np.array_equal(make_mixture(PHASE_1, LENGTHS, seed=2).at(np.arange(100)), whole[:100])
 

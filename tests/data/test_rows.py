@@ -189,12 +189,30 @@ def test_other_processes_may_read(tmp_path: Path, start: str) -> None:
 
 
 def test_more_files_than_may_be_open(tmp_path: Path) -> None:
-    """Handles are let go: 150 files read back and forth keep no more than 64 open."""
-    data = make_rows(150)
-    for number in range(150):
+    """Handles are let go: 300 files read back and forth keep no more than 256 open."""
+    data = make_rows(300)
+    for number in range(300):
         write_h5(tmp_path / f"{number:03d}.h5", data[number : number + 1])
     rows = opened(tmp_path)
-    for index in [*range(150), *reversed(range(150))]:
+    for index in [*range(300), *reversed(range(300))]:
         assert np.array_equal(rows[index], data[index])
     held = [link for link in Path("/proc/self/fd").iterdir() if str(tmp_path) in os.path.realpath(link)]
-    assert len(held) <= 64
+    assert len(held) <= 256
+
+
+def test_a_batch_is_its_rows_and_names_the_wrong_one(tmp_path: Path) -> None:
+    """Rows of both formats in one batch; an id or a mask out of range on either side is found among them.
+
+    Planted: signed comparison (a negative id passes); ids looked at in plane 0 alone: each fails."""
+    data = make_rows(30)
+    files = write_h5(tmp_path / "x.h5", data[:20]), write_jsonl(tmp_path / "y.jsonl", as_objects(data[20:]))
+    numbers = [29, 0, 19, 20, 5]
+    batch = opened(*files).batch(numbers)
+    assert batch.dtype == np.int32
+    assert np.array_equal(batch, data[numbers])
+    for plane, value in ((0, V), (0, -1), (2, V), (2, -1), (1, 2), (1, -1)):
+        wrong = data[:20].copy()
+        wrong[7, plane, 3] = value
+        rows = opened(write_h5(tmp_path / f"{plane}_{value}.h5", wrong))
+        with pytest.raises(InputError, match=rf"row 7: \w+ holds {value}"):
+            rows.batch([6, 7, 8])

@@ -141,6 +141,7 @@ def test_against_fp64_loop(runs: tuple[Path, np.ndarray], case: str) -> None:
     np.testing.assert_allclose([line["losses"]["rows.jsonl"] for line in evaluated], evaluations, rtol=2e-6)
     last = metrics_of(save)[-1]
     assert (last["iteration"], last["consumed_samples"], last["consumed_tokens"]) == (10, 80, 80 * SEQ)
+    assert 0 < last["data_wait_s"] < last["elapsed_s"]
     assert last["mfu"] is None or 0 < last["mfu"] < 1
 
 

@@ -7,7 +7,7 @@ from importlib import import_module
 
 from data_prep.errors import EXIT_BAD_INPUT
 
-BENCHES = ("data", "convert", "train")
+BENCHES = ("data", "reading", "convert", "train")
 
 
 def main(names: list[str]) -> None:

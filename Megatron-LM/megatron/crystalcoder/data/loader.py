@@ -51,16 +51,16 @@ def micro_batches(
         for consumed in count(consumed_samples, micro_batch_size * dp_size)
     )
     if not num_workers:
-        return (_collate([rows[index] for index in batch.tolist()]) for batch in numbers)
+        return (_collate(rows.batch(batch.tolist())) for batch in numbers)
     return _read_ahead(rows, numbers, num_workers)
 
 
 def _read_ahead(rows: Rows, numbers: Iterator[np.ndarray], num_workers: int) -> Iterator[dict[str, torch.Tensor]]:
     batches = (batch.tolist() for batch in numbers)
     loader = DataLoader(
-        _RowDataset(rows),
-        batch_sampler=batches,  # any iterable of index lists; this one has no end
-        collate_fn=_collate,
+        _BatchDataset(rows),
+        sampler=batches,  # any iterable; each item is a whole micro-batch, and this one has no end
+        batch_size=None,
         num_workers=num_workers,
     )
     try:
@@ -70,20 +70,20 @@ def _read_ahead(rows: Rows, numbers: Iterator[np.ndarray], num_workers: int) -> 
         raise InputError(str(error).rsplit("InputError: ", 1)[-1].strip()) from None
 
 
-class _RowDataset(Dataset[np.ndarray]):
+class _BatchDataset(Dataset[dict[str, torch.Tensor]]):
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self._rows[index]
+    def __getitem__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        return _collate(self._rows.batch(indices))
 
 
-def _collate(batch: list[np.ndarray]) -> dict[str, torch.Tensor]:
-    planes = torch.from_numpy(np.stack(batch))  # (b, 3, s)
-    positions = torch.arange(planes.shape[2], dtype=torch.int64)
+def _collate(planes: np.ndarray) -> dict[str, torch.Tensor]:
+    """The planes (b, 3, s) as the model takes them. numpy converts: torch would wake every thread for it."""
+    positions = np.arange(planes.shape[2], dtype=np.int64)
     return {
-        "tokens": planes[:, 0].long(),
-        "labels": planes[:, 2].long(),
-        "position_ids": positions.repeat(len(batch), 1),
-        "loss_mask": planes[:, 1].float(),
+        "tokens": torch.from_numpy(planes[:, 0].astype(np.int64)),
+        "labels": torch.from_numpy(planes[:, 2].astype(np.int64)),
+        "position_ids": torch.from_numpy(positions).expand(len(planes), -1),  # one row of memory, seen b times
+        "loss_mask": torch.from_numpy(planes[:, 1].astype(np.float32)),
     }

@@ -85,6 +85,7 @@ class MetricsLog:
             "lr_hidden": facts.lr * config.optimizer.hidden_lr_scale,
             "tokens_per_second": tokens_per_second,
             "mfu": self._mfu(tokens_per_second),
+            "data_wait_s": facts.result.data_wait_s,
             "elapsed_s": self._elapsed_before + now - self._started,
         }
         if not facts.result.updated:

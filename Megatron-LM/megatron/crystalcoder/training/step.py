@@ -7,6 +7,7 @@ loss masks before the forward pass, and with them the number by which every micr
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -39,12 +40,16 @@ class NonFinite:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did. `updated` is False when the loss or the gradient norm was not finite: nothing was changed."""
+    """What one step did. `updated` is False when the loss or the gradient norm was not finite: nothing was changed.
+
+    data_wait_s: seconds until the rows of the batch were there.
+    """
 
     lm_loss: float
     grad_norm: float
     updated: bool
     non_finite: tuple[NonFinite, ...] = ()
+    data_wait_s: float = 0.0
 
 
 def train_step(
@@ -56,7 +61,9 @@ def train_step(
     lr: float,
 ) -> StepResult:
     """Take one global batch from `micro_batches` and update the model with learning rate `lr` (of unscaled groups)."""
+    asked = time.perf_counter()
     batches = [next(micro_batches) for _ in range(num_micro_batches(config))]
+    data_wait_s = time.perf_counter() - asked
     divisors = loss_divisors(batches, config)
 
     model.zero_grad_buffer()
@@ -67,14 +74,14 @@ def train_step(
     optimizer.prepare_grads()
     grad_norm = gradient_norm(optimizer)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        return StepResult(loss, grad_norm, updated=False, non_finite=_find_non_finite(model, losses))
+        return StepResult(loss, grad_norm, False, _find_non_finite(model, losses), data_wait_s)
 
     set_learning_rate(optimizer, lr)
     place_eps(optimizer, config.optimizer)
     if config.optimizer.clip_grad > 0 and (parameters := optimizer.get_parameters()):
         clip_grad_by_total_norm_fp32(parameters, config.optimizer.clip_grad, grad_norm)
     optimizer.step_with_ready_grads()
-    return StepResult(loss, grad_norm, updated=True)
+    return StepResult(loss, grad_norm, updated=True, data_wait_s=data_wait_s)
 
 
 def num_micro_batches(config: TrainConfig) -> int:
