@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data_prep.errors import InputError
+from megatron.crystalcoder.data.isolation import documents_and_positions
 from megatron.crystalcoder.data.mixture import open_mixture
 from megatron.crystalcoder.data.order import Order, make_order
 from megatron.crystalcoder.data.reference_order import open_reference
@@ -40,25 +41,34 @@ def micro_batches(
     dp_rank: int,
     dp_size: int,
     num_workers: int = 0,
+    isolate_documents: bool = False,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """This data-parallel rank's micro-batches without end, from where `consumed_samples` samples were consumed.
 
     Yields CPU tensors (b, s): int64 `tokens`, `labels` and `position_ids` (0 to s-1: not reset at document ends) and
-    float32 `loss_mask`. `num_workers` processes read ahead; the batches are the same for any number of them.
+    float32 `loss_mask`. With `isolate_documents` also int64 `documents`, the number of each token's document in its
+    row, and positions start again at 0 in each (isolation.py). `num_workers` processes read ahead; the batches are the
+    same for any number of them.
     """
     numbers = (
         order.rows(consumed, micro_batch_size=micro_batch_size, dp_rank=dp_rank, dp_size=dp_size)
         for consumed in count(consumed_samples, micro_batch_size * dp_size)
     )
+    collate = _collate_isolated if isolate_documents else _collate
     if not num_workers:
-        return (_collate(rows.batch(batch.tolist())) for batch in numbers)
-    return _read_ahead(rows, numbers, num_workers)
+        return (collate(rows.batch(batch.tolist())) for batch in numbers)
+    return _read_ahead(rows, numbers, num_workers, collate)
 
 
-def _read_ahead(rows: Rows, numbers: Iterator[np.ndarray], num_workers: int) -> Iterator[dict[str, torch.Tensor]]:
+def _read_ahead(
+    rows: Rows,
+    numbers: Iterator[np.ndarray],
+    num_workers: int,
+    collate: Callable[[np.ndarray], dict[str, torch.Tensor]],
+) -> Iterator[dict[str, torch.Tensor]]:
     batches = (batch.tolist() for batch in numbers)
     loader = DataLoader(
-        _BatchDataset(rows),
+        _BatchDataset(rows, collate),
         sampler=batches,  # any iterable; each item is a whole micro-batch, and this one has no end
         batch_size=None,
         num_workers=num_workers,
@@ -71,11 +81,11 @@ def _read_ahead(rows: Rows, numbers: Iterator[np.ndarray], num_workers: int) -> 
 
 
 class _BatchDataset(Dataset[dict[str, torch.Tensor]]):
-    def __init__(self, rows: Rows) -> None:
-        self._rows = rows
+    def __init__(self, rows: Rows, collate: Callable[[np.ndarray], dict[str, torch.Tensor]]) -> None:
+        self._rows, self._collate = rows, collate
 
     def __getitem__(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        return _collate(self._rows.batch(indices))
+        return self._collate(self._rows.batch(indices))
 
 
 def _collate(planes: np.ndarray) -> dict[str, torch.Tensor]:
@@ -87,3 +97,9 @@ def _collate(planes: np.ndarray) -> dict[str, torch.Tensor]:
         "position_ids": torch.from_numpy(positions).expand(len(planes), -1),  # one row of memory, seen b times
         "loss_mask": torch.from_numpy(planes[:, 1].astype(np.float32)),
     }
+
+
+def _collate_isolated(planes: np.ndarray) -> dict[str, torch.Tensor]:
+    tensors = _collate(planes)
+    tensors["documents"], tensors["position_ids"] = documents_and_positions(tensors["tokens"], tensors["labels"])
+    return tensors

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.crystalcoder.model.isolation import attend_in_documents
+
 
 class CausalAttention(torch.nn.Module):
     """softmax(q k^T * scale) v over a causal window; the scale is muP's 1/d when the model says so.
@@ -31,10 +33,14 @@ class CausalAttention(torch.nn.Module):
     def forward(
         self, q_sbnd: Tensor, k_sbnd: Tensor, v_sbnd: Tensor, attention_mask: Tensor | None, **_: Any
     ) -> Tensor:
-        """Attend; returns (s, b, n*d). There is no mask but the causal one: rows are full windows."""
-        if attention_mask is not None:
-            raise ValueError("CausalAttention takes no attention mask: it is causal over the whole window")
+        """Attend over the whole causal window; returns (s, b, n*d).
+
+        attention_mask: None, or the number of each token's document (b, s): then only within documents.
+        """
         q_bnsd, k_bnsd, v_bnsd = (x.permute(1, 2, 0, 3) for x in (q_sbnd, k_sbnd, v_sbnd))
+        if attention_mask is not None:
+            out_bnsd = attend_in_documents(q_bnsd, k_bnsd, v_bnsd, attention_mask, self.scale)
+            return out_bnsd.permute(2, 0, 1, 3).flatten(2)
         out_bnsd = torch.nn.functional.scaled_dot_product_attention(
             q_bnsd, k_bnsd, v_bnsd, is_causal=True, scale=self.scale
         )

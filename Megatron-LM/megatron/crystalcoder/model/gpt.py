@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron.crystalcoder.model.config import ModelConfig, ParallelConfig
+from megatron.crystalcoder.model.isolation import turn_by_given_positions
 from megatron.crystalcoder.model.layer_spec import crystalcoder_block_spec
 
 
@@ -72,7 +73,8 @@ def build_model(config: ModelConfig, parallel: ParallelConfig, *, dtype: torch.d
     no path on which a model trains from weights that nobody chose.
 
     `model(tokens_bs, position_ids_bs, None, labels=labels_bs)` gives the fp32 loss per token (b, s) on the last stage;
-    without labels, the logits (b, s, v / tensor parallel size).
+    without labels, the logits (b, s, v / tensor parallel size). In the place of None may stand each token's
+    document number (b, s): then attention stays within documents and rotary follows `position_ids_bs` (isolation.py).
     """
     core_config = transformer_config(config, parallel, dtype)
     # megatron-core takes int(head_dim * percent); half a dim more keeps that product from falling below rotary_dim.
@@ -91,6 +93,7 @@ def build_model(config: ModelConfig, parallel: ParallelConfig, *, dtype: torch.d
         rotary_base=config.rotary_base,
     )
     _install_mup(model, config)
+    turn_by_given_positions(model)
     return model
 
 

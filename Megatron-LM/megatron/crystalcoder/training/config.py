@@ -93,6 +93,8 @@ class DataSettings:
     seed: int = 1
     data_sharding: bool = True
     num_workers: int = 0
+    # For rows of whole documents: attention within each, positions from 0 in each (data/isolation.py).
+    isolate_documents: bool = False
     reference_order: bool = False
 
 

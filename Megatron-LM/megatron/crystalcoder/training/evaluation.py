@@ -65,6 +65,7 @@ def _mean_token_loss(model: DistributedDataParallel, each: EvaluationSet, config
         micro_batch_size=config.micro_batch_size,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
+        isolate_documents=config.data.isolate_documents,
     )
     total = torch.zeros(2, dtype=torch.float64)  # loss summed over tokens, tokens
     for _ in range(each.num_batches):

@@ -74,6 +74,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
             seed=flags.seed,
             data_sharding=not flags.no_data_sharding,
             num_workers=flags.num_workers,
+            isolate_documents=flags.isolate_documents,
         ),
         schedule=_schedule(flags),
         optimizer=OptimizerSettings(
@@ -174,6 +175,11 @@ def _add_batch(group: Any) -> None:
     )
     group.add_argument("--no-data-sharding", action="store_true", help="cyclic: ranks deal one permutation among them")
     group.add_argument("--num-workers", type=int, default=0, help="processes per rank that read rows ahead")
+    group.add_argument(
+        "--isolate-documents",
+        action="store_true",
+        help="for rows of whole documents (finetune prepare --packing best-fit): each on its own",
+    )
     group.add_argument("--seed", type=int, default=1234)
 
 

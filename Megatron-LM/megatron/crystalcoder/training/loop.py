@@ -72,7 +72,12 @@ def train(config: TrainConfig, *, initial_weights: WeightSource | None = None) -
         print(f"starting from {start.origin}", flush=True)
     model, optimizer = build(config, start)
     data = micro_batches(
-        rows, order, consumed_samples=progress.consumed_samples, num_workers=config.data.num_workers, **this_rank
+        rows,
+        order,
+        consumed_samples=progress.consumed_samples,
+        num_workers=config.data.num_workers,
+        isolate_documents=config.data.isolate_documents,
+        **this_rank,
     )
     lm_loss, interrupted = None, False
     with MetricsLog(config, resumed_iteration=progress.iteration) as log, stop_on_sigterm() as stop_requested:

@@ -150,7 +150,8 @@ def _forward_step(batches: Iterator[tuple[Batch, float]], model: Any) -> tuple[T
         loss = (losses_bs.float() * mask_bs).sum() / divisor
         return loss, loss.detach().double()
 
-    return model(tokens_bs, position_ids_bs, None, labels=labels_bs), masked_loss
+    documents_bs = batch["documents"].to(device, non_blocking=True) if "documents" in batch else None
+    return model(tokens_bs, position_ids_bs, documents_bs, labels=labels_bs), masked_loss
 
 
 def mean_over_data_parallel(losses: Tensor) -> float:
