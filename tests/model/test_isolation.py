@@ -118,7 +118,7 @@ def test_the_trainer_is_exact(ranks: int, parallel: ParallelConfig, recompute: s
 
 
 def losses_at(step: int) -> torch.Tensor:
-    """Token losses of the first packed row with positions 0, step, 2 * step ..."""
+    """Token losses of the first packed row with every position given to `step` tokens."""
     from megatron.crystalcoder import platform
     from megatron.crystalcoder.checkpoint.load import load_weights
     from megatron.crystalcoder.model.gpt import build_model
@@ -128,7 +128,7 @@ def losses_at(step: int) -> torch.Tensor:
     load_weights(model, tiny_weights(), TINY, ParallelConfig())  # type: ignore[arg-type]
     tokens, labels = packed_rows()[0][:1, 0], packed_rows()[0][:1, 2]
     with torch.no_grad():
-        return model(tokens, step * torch.arange(S)[None], torch.zeros_like(tokens), labels=labels)
+        return model(tokens, torch.arange(S)[None] // step, torch.zeros_like(tokens), labels=labels)
 
 
 def test_the_given_positions_turn_queries_and_keys() -> None:
