@@ -131,6 +131,9 @@ class TrainConfig:
     eval_data: tuple[DataSettings, ...] = ()
     eval_interval: int = 0
     eval_iters: int = 0  # global batches per entry of eval_data, from its first row; 0: all of it
+    keep_best: bool = False  # the checkpoint of the lowest evaluation loss in <save>/best
+    early_stop_patience: int = 0  # evaluations in a row without improvement that end the run; 0: none
+    early_stop_min_delta: float = 0.0  # what counts as an improvement
 
     log_interval: int = 1
     log_params_norm: bool = False

@@ -61,6 +61,8 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     for flag, (value, reason) in _FIXED.items():
         if _value(flags, flag) not in (None, value):
             raise InputError(f"{flag} {_value(flags, flag):g}: it must be {value:g}, {reason}")
+    if (flags.keep_best or flags.early_stop_patience) and not (flags.eval_interval and flags.valid_data_path):
+        raise InputError("--keep-best and --early-stop-patience need --valid-data-path and --eval-interval: add them")
     checkpoint = _checkpoint(flags)
     model = _model(flags, checkpoint)
     parallel = _parallel(flags, checkpoint)
@@ -105,6 +107,9 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         eval_data=tuple(DataSettings(paths=(path,), order="single") for path in flags.valid_data_path),
         eval_interval=flags.eval_interval,
         eval_iters=flags.eval_iters,
+        keep_best=flags.keep_best,
+        early_stop_patience=flags.early_stop_patience,
+        early_stop_min_delta=flags.early_stop_min_delta,
         log_interval=flags.log_interval,
         log_params_norm=flags.log_params_norm,
         log_memory=flags.log_memory_to_tensorboard,
@@ -251,6 +256,14 @@ def _add_logging(group: Any) -> None:
         "--eval-interval", type=int, default=0, help="iterations between evaluations on --valid-data-path"
     )
     group.add_argument("--eval-iters", type=int, default=0, help="global batches per evaluation; 0: all rows")
+    group.add_argument("--keep-best", action="store_true", help="keep the lowest loss's checkpoint in SAVE/best")
+    group.add_argument(
+        "--early-stop-patience",
+        type=int,
+        default=0,
+        help="end after so many evaluations without a lower loss; 0: never",
+    )
+    group.add_argument("--early-stop-min-delta", type=float, default=0.0, help="by how much a lower loss must be lower")
     group.add_argument("--log-interval", type=_positive, default=1)
     group.add_argument("--log-params-norm", action="store_true")
     group.add_argument("--tensorboard-dir", type=Path)

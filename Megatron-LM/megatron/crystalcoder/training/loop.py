@@ -23,6 +23,7 @@ from megatron.crystalcoder.checkpoint.weights import WeightSource
 from megatron.crystalcoder.data.loader import micro_batches, open_data
 from megatron.crystalcoder.data.order import Order
 from megatron.crystalcoder.model.gpt import build_model
+from megatron.crystalcoder.training.best_checkpoint import BestCheckpoint
 from megatron.crystalcoder.training.config import TrainConfig
 from megatron.crystalcoder.training.evaluation import evaluate, open_evaluation_sets
 from megatron.crystalcoder.training.metrics import MetricsLog, StepFacts
@@ -81,7 +82,8 @@ def train(config: TrainConfig, *, initial_weights: WeightSource | None = None) -
     )
     lm_loss, interrupted = None, False
     with MetricsLog(config, resumed_iteration=progress.iteration) as log, stop_on_sigterm() as stop_requested:
-        while progress.iteration < config.train_iters and not interrupted:
+        best = BestCheckpoint(config)
+        while progress.iteration < config.train_iters and not (interrupted or best.exhausted):
             lr = learning_rate(config.schedule, step=progress.iteration, samples=progress.consumed_samples)
             result = train_step(model, optimizer, data, config, lr=lr)
             if not result.updated and not config.skip_nonfinite:
@@ -92,10 +94,14 @@ def train(config: TrainConfig, *, initial_weights: WeightSource | None = None) -
             log.step(StepFacts(progress.iteration, progress.consumed_samples, result, lr, norm))
 
             if evaluation_sets and progress.iteration % config.eval_interval == 0:
-                log.evaluation(progress.iteration, evaluate(model, evaluation_sets, config))
+                losses = evaluate(model, evaluation_sets, config)
+                log.evaluation(progress.iteration, losses)
+                best.follow(losses, progress, model, optimizer, fingerprint)
+                log.restart_clock()
             interrupted = stop_requested()
             due = config.save_interval > 0 and progress.iteration % config.save_interval == 0
-            if config.save is not None and (due or interrupted or progress.iteration == config.train_iters):
+            ends = interrupted or best.exhausted or progress.iteration == config.train_iters
+            if config.save is not None and (due or ends):
                 save_run(config, model, optimizer, progress, data_fingerprint=fingerprint)
                 log.restart_clock()
     return TrainResult(progress.iteration, progress.consumed_samples, lm_loss, interrupted)
