@@ -22,6 +22,7 @@ class Format(enum.StrEnum):
     hf = "hf"
     torch = "torch"
     torch_dist = "torch_dist"
+    legacy = "legacy"
 
 
 class DType(enum.StrEnum):
@@ -49,14 +50,31 @@ def convert(
     pp: Annotated[
         int | None, typer.Option(min=1, help="pipeline-parallel size of a Megatron target [default: the source's]")
     ] = None,
+    vpp: Annotated[
+        int | None, typer.Option(min=1, help="virtual-pipeline size: chunks of layers a stage [default: the source's]")
+    ] = None,
+    pp_layers: Annotated[
+        str | None, typer.Option(help="layers of each stage of an uneven pipeline, as 7,9,9,7")
+    ] = None,
+    make_vocab_size_divisible_by: Annotated[
+        int, typer.Option(min=1, help="pad a Megatron target's vocabulary to a multiple of this times --tp")
+    ] = 1,
+    true_vocab_size: Annotated[
+        int | None, typer.Option(min=1, help="rows of the vocabulary that count, if the source is padded and silent")
+    ] = None,
+    release: Annotated[bool, typer.Option(help="write Megatron's `release`: weights of no iteration")] = False,
     dtype: Annotated[DType | None, typer.Option(help="cast to this dtype [default: keep what is stored]")] = None,
     hf_config: Annotated[
         str | None, typer.Option(help="directory of config.json and tokenizer, or CrystalCoder for the packaged one")
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="replace the target once the new one is complete")] = False,
-    verify: Annotated[bool, typer.Option(help="read the result back and compare every tensor")] = True,
+    verify: Annotated[
+        bool, typer.Option("--verify/--skip-verify", help="read the result back and compare every tensor")
+    ] = True,
+    workers: Annotated[int | None, typer.Option(min=1, help="threads [default: one a core, 4 at most]")] = None,
+    max_queue_size: Annotated[int, typer.Option(min=1, help="most tensors in work at a time")] = 50,
 ) -> None:
-    """Convert a checkpoint: crystalcoder convert --from A --to B [--format hf|torch|torch_dist --tp N --pp N]."""
+    """Convert a checkpoint: crystalcoder convert --from A --to B [--format torch_dist --tp N --pp N]."""
     if context.invoked_subcommand is not None:
         return
     if source is None or target is None:
@@ -68,20 +86,36 @@ def convert(
     chosen: Any = format.value if format else None
     if chosen is None:
         # Going to Megatron, staying there at another layout, or going back.
-        chosen = "torch" if open_checkpoint(source).format == "hf" or tp or pp else "hf"
-    if chosen == "hf" and (tp or pp):
-        raise InputError("--tp and --pp lay out a Megatron checkpoint; a Hugging Face one has no layout: drop them")
+        chosen = "torch" if open_checkpoint(source).format == "hf" or tp or pp or vpp or pp_layers else "hf"
+    if chosen == "hf" and (tp or pp or vpp or pp_layers or release or make_vocab_size_divisible_by != 1):
+        raise InputError(
+            "--tp, --pp, --vpp, --pp-layers, --release and --make-vocab-size-divisible-by lay out a Megatron "
+            "checkpoint; a Hugging Face one has no layout: drop them"
+        )
     convert(
         source,
         target,
         format=chosen,
         tensor_parallel=tp,
         pipeline_parallel=pp,
+        virtual_pipeline=vpp,
+        stage_layers=_numbers(pp_layers) if pp_layers else None,
+        vocab_divisor=make_vocab_size_divisible_by,
+        true_vocab_size=true_vocab_size,
+        release=release,
         dtype=DTYPES[dtype.value] if dtype else None,
         hf_config=resolve_hf_config_path(hf_config) if hf_config else None,
         overwrite=overwrite,
         verify=verify,
+        workers=workers,
+        max_queue_size=max_queue_size,
     )
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise InputError(f"--pp-layers {text}: give the layers of each stage with commas between, as 7,9,9,7")
+    return tuple(int(part) for part in text.split(","))
 
 
 @app.command()

@@ -209,7 +209,7 @@ def test_broken_torch_dist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     data, metadata = folder / "__0_0.distcp", folder / ".metadata"
     whole = data.read_bytes()
     _cut(data)
-    assert "cannot be read, a .distcp file is missing or damaged" in _refused(arguments, capsys, tmp_path)
+    assert "cannot be read, __0_0.distcp is missing or damaged" in _refused(arguments, capsys, tmp_path)
     data.write_bytes(whole)
 
     whole = metadata.read_bytes()

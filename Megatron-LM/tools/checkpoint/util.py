@@ -17,12 +17,20 @@ from data_prep.errors import InputError, exits_on_bad_input
 from megatron.crystalcoder.checkpoint.convert import DTYPES, convert
 from megatron.crystalcoder.checkpoint.hf_config import resolve_hf_config_path
 from megatron.crystalcoder.checkpoint.open import open_checkpoint
+from megatron.crystalcoder.checkpoint.transfer import MAX_QUEUE_SIZE
 
 # Flags that belong to one loader or saver, as in the reference: given with another they are refused, not ignored.
 _PLUGIN_FLAGS = {
     "loader crystalcoder_hf": ("tokenizer_model",),
     "loader megatron": ("vocab_file",),
-    "saver megatron": ("target_tensor_parallel_size", "target_pipeline_parallel_size", "save_format"),
+    "saver megatron": (
+        "target_tensor_parallel_size",
+        "target_pipeline_parallel_size",
+        "target_virtual_pipeline_parallel_size",
+        "make_vocab_size_divisible_by",
+        "release",
+        "save_format",
+    ),
     "saver crystalcoder_hf": ("hf_config_path",),
 }
 _NO_EFFECT = "accepted for old command lines; has no effect here"
@@ -41,13 +49,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, help="cast to this dtype (default: keep what is stored, so a round trip is exact)")
     add("--overwrite", action="store_true", help="replace --save-dir, once the new checkpoint is complete")
     add("--no-checking", action="store_true", help="do not read the result back to compare it with the source")
-    add("--true-vocab-size", type=int, help="refuse a source whose vocabulary has another size")
-    add("--max-queue-size", type=int, help=f"{_NO_EFFECT}: tensors go through one at a time")
+    add("--true-vocab-size", type=int, help="rows of the vocabulary that count; a Megatron source's others are padding")
+    add("--max-queue-size", type=int, default=MAX_QUEUE_SIZE, help="most tensors in work at a time (default: 50)")
+    add("--workers", type=int, help="threads (default: one a core, 4 at most)")
     add("--megatron-path", help=f"{_NO_EFFECT}: Megatron-LM is not needed")
     saver = parser.add_argument_group("--saver megatron")
     saver.add_argument("--target-tensor-parallel-size", type=int, help="default: the source's, or 1")
     saver.add_argument("--target-pipeline-parallel-size", type=int, help="default: the source's, or 1")
-    saver.add_argument("--save-format", choices=["torch", "torch_dist"], help="default: torch, one file per rank")
+    saver.add_argument("--target-virtual-pipeline-parallel-size", type=int, help="default: the source's, or none")
+    saver.add_argument("--make-vocab-size-divisible-by", type=int, help="pad the vocabulary to this times TP")
+    saver.add_argument("--release", action="store_true", default=None, help="write `release`: weights of no iteration")
+    formats = ["torch", "torch_dist", "legacy"]
+    saver.add_argument("--save-format", choices=formats, help="default: torch; legacy: the reference's names")
     hf_saver = parser.add_argument_group("--saver crystalcoder_hf")
     hf_saver.add_argument(
         "--hf-config-path",
@@ -70,15 +83,13 @@ def main(arguments: list[str] | None = None) -> None:
         for flag in flags:
             if getattr(args, flag) is not None and getattr(args, role) != name:
                 parser.error(f"--{flag.replace('_', '-')} belongs to --{plugin}, not to --{role} {getattr(args, role)}")
+    for flag in ("max_queue_size", "workers", *_PLUGIN_FLAGS["saver megatron"][:-1]):
+        if (value := getattr(args, flag)) is not None and isinstance(value, int) and value < 1:
+            parser.error(f"--{flag.replace('_', '-')} must be at least 1")
     source = open_checkpoint(args.load_dir)
     if (source.format == "hf") != (args.loader == "crystalcoder_hf"):
         other = "crystalcoder_hf" if source.format == "hf" else "megatron"
         raise InputError(f"{args.load_dir}: is a {source.format} checkpoint: use --loader {other}")
-    if args.true_vocab_size not in (None, source.config.vocab_size):
-        raise InputError(
-            f"{args.load_dir}: the vocabulary has {source.config.vocab_size} rows, not the {args.true_vocab_size} of "
-            "--true-vocab-size (CrystalCoder's is never padded): drop the flag or take another checkpoint"
-        )
     convert(
         args.load_dir,
         args.save_dir,
@@ -89,6 +100,12 @@ def main(arguments: list[str] | None = None) -> None:
         hf_config=resolve_hf_config_path(args.hf_config_path) if args.hf_config_path else None,
         overwrite=args.overwrite,
         verify=not args.no_checking,
+        true_vocab_size=args.true_vocab_size,
+        virtual_pipeline=args.target_virtual_pipeline_parallel_size,
+        vocab_divisor=args.make_vocab_size_divisible_by or 1,
+        release=bool(args.release),
+        workers=args.workers,
+        max_queue_size=args.max_queue_size,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,20 +13,24 @@ import torch
 from data_prep.errors import InputError
 from megatron.crystalcoder.checkpoint.directory import (
     HF_FILES,
+    RELEASE,
     iteration_directory,
     new_directory,
     write_tracker,
 )
 from megatron.crystalcoder.checkpoint.hf_config import from_hf, hf_values, packaged_directory, read_json
-from megatron.crystalcoder.checkpoint.hf_writer import TOKENIZER_FILES, write_code, write_companions, write_weights
+from megatron.crystalcoder.checkpoint.hf_writer import TOKENIZER_FILES, lay_out_hf, write_code, write_companions
+from megatron.crystalcoder.checkpoint.layout import Layout, layout_args, make_layout
 from megatron.crystalcoder.checkpoint.megatron_args import to_args
 from megatron.crystalcoder.checkpoint.open import Checkpoint, open_checkpoint
-from megatron.crystalcoder.checkpoint.torch_dist_writer import write_torch_dist
-from megatron.crystalcoder.checkpoint.torch_writer import write_torch
-from megatron.crystalcoder.checkpoint.verify import Cast, check_equal
+from megatron.crystalcoder.checkpoint.progress import progress_bar
+from megatron.crystalcoder.checkpoint.torch_dist_writer import lay_out_torch_dist
+from megatron.crystalcoder.checkpoint.torch_writer import lay_out_torch
+from megatron.crystalcoder.checkpoint.transfer import MAX_QUEUE_SIZE, Transfer, default_workers
+from megatron.crystalcoder.checkpoint.weights import DTypes
 from megatron.crystalcoder.model.config import ModelConfig
 
-TargetFormat = Literal["hf", "torch", "torch_dist"]
+TargetFormat = Literal["hf", "torch", "torch_dist", "legacy"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Converted weights are nobody's iteration; the number only names the directory, as the reference's converter does.
 _ITERATION = 1
@@ -38,57 +43,156 @@ def convert(
     format: TargetFormat,
     tensor_parallel: int | None = None,
     pipeline_parallel: int | None = None,
+    virtual_pipeline: int | None = None,
+    stage_layers: tuple[int, ...] | None = None,
+    vocab_divisor: int = 1,
+    true_vocab_size: int | None = None,
     dtype: torch.dtype | None = None,
+    release: bool = False,
     hf_config: Path | None = None,
     overwrite: bool = False,
     verify: bool = True,
+    workers: int | None = None,
+    max_queue_size: int = MAX_QUEUE_SIZE,
     report: Callable[[str], None] = print,
 ) -> None:
     """Write the weights of `source` to the new directory `target`.
 
-    tensor_parallel, pipeline_parallel: of a Megatron target (default: the source's). `torch_dist` loads at any; there
-    they are what training takes when it is not told otherwise.
-    dtype: cast to it; None keeps what is stored. hf_config: see `settle_config`.
-    verify: read the result back and compare every tensor bit for bit, before it gets its name.
-    Memory: a few times the largest tensor, whatever the model's size. Raises InputError and leaves nothing behind.
+    tensor_parallel, pipeline_parallel, virtual_pipeline: of a Megatron target (default: the source's). `torch_dist`
+    loads at any; there they are what training takes when it is not told otherwise. stage_layers: layers of each
+    pipeline stage, where it is uneven. vocab_divisor: pad the vocabulary to a multiple of this times the
+    tensor-parallel size.
+    true_vocab_size: the vocabulary without the padding that another writer gave it.
+    dtype: cast to it; None keeps what is stored. release: written as Megatron's `release`, without an iteration.
+    hf_config: see `settle_config`. verify: read every tensor back and compare it bit for bit, before the target gets
+    its name. workers: threads. max_queue_size: most tensors in work at a time.
+    Memory: about two of the largest tensors for each worker, whatever the model's size. Raises InputError and leaves
+    nothing behind. A conversion that is killed goes on where it was when it is started again.
     """
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, true_vocab_size=true_vocab_size)
     config, template = settle_config(checkpoint, hf_config)
     if format == "hf" and not config.rotary_interleaved:
         raise InputError(f"{source}: rotary_interleaved is off, which the Hugging Face model cannot express")
-    tp_size = tensor_parallel or checkpoint.tensor_parallel
-    pp_size = pipeline_parallel or checkpoint.pipeline_parallel
+    layout = None
     if format != "hf":
-        config.check_layout(tp_size, pp_size)
-    weights = Cast(checkpoint.weights, dtype, str(source))
-    stored = weights.dtype("transformer.wte.weight")
+        config, layout = _target_layout(
+            checkpoint, config, tensor_parallel, pipeline_parallel, virtual_pipeline, stage_layers, vocab_divisor
+        )
+    else:
+        config = config.unpadded
+    stored = checkpoint.weights.stored
+    dtypes = {name: dtype or entry.dtype for name, entry in stored.items()}
+    needed = sum(torch.Size(entry.shape).numel() * dtypes[name].itemsize for name, entry in stored.items())
     files_from = tokenizer_directory(checkpoint, hf_config)
-    report(f"{source}: {checkpoint.format}, {config.num_parameters:,} parameters")
-    with new_directory(target, overwrite=overwrite) as partial:
+    report(f"{source}: {checkpoint.format}, {config.unpadded.num_parameters:,} parameters")
+    job = {
+        "source": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in _source_files(checkpoint)],
+        "target": [format, repr(layout), repr(config), {name: str(x) for name, x in dtypes.items()}, release],
+    }
+    with new_directory(target, overwrite=overwrite, job=job) as partial:
+        if not partial.is_laid_out:
+            _refuse_full_disk(partial.path, target, needed)
+            _lay_out(partial.path, format, config, layout, dtypes, release)
+            partial.laid_out()
+        companions = partial.path if format == "hf" else partial.path / HF_FILES
+        companions.mkdir(exist_ok=True)
+        write_companions(companions, config.unpadded, template, files_from, dtypes["transformer.wte.weight"])
         if format == "hf":
-            write_weights(partial, weights)
-            write_companions(partial, config, template, files_from, stored)
-            write_code(partial)
-        else:
-            folder = iteration_directory(partial, _ITERATION)
-            args = to_args(config, tp_size, pp_size, dtype=stored, converted=True, iteration=_ITERATION)
-            if format == "torch":
-                write_torch(folder, weights, config, args, _ITERATION, tp_size, pp_size)
-            else:
-                write_torch_dist(folder, weights, config, args, _ITERATION)
-            (partial / HF_FILES).mkdir()
-            write_companions(partial / HF_FILES, config, template, files_from, stored)
-            write_tracker(partial, _ITERATION)
-        if verify:
-            written = open_checkpoint(partial)
-            if written.config != config:
-                raise RuntimeError(f"{target}: the configuration was not written as it was read")
-            check_equal(written.weights, weights, target)
-    layout = f" TP{tp_size} PP{pp_size}" if format != "hf" else ""
+            write_code(partial.path)
+        written = open_checkpoint(partial.path)
+        transfer = Transfer(checkpoint.weights, written.weights, str(source), verify=verify, resume=partial.is_laid_out)
+        with progress_bar(transfer.nbytes, target.name) as advance:
+            transfer.run(workers=workers or default_workers(), max_queue_size=max_queue_size, progress=advance)
+        written = open_checkpoint(partial.path)
+        if written.config != config:
+            raise RuntimeError(f"{target}: the configuration was not written as it was read")
     checked = ", every tensor read back and equal" if verify else ""
-    report(f"{target}: {format}{layout}, {str(stored).removeprefix('torch.')}{checked}")
+    stored_dtype = str(dtypes["transformer.wte.weight"]).removeprefix("torch.")
+    report(f"{target}: {format}{f' {layout}' if layout else ''}, {stored_dtype}{checked}")
+    for line in _padding_notes(config):
+        report(line)
     if files_from is None:
         report(f"note: {source} carries no tokenizer files, so {target} has none; add them beside config.json")
+
+
+def _target_layout(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    tensor_parallel: int | None,
+    pipeline_parallel: int | None,
+    virtual_pipeline: int | None,
+    stage_layers: tuple[int, ...] | None,
+    vocab_divisor: int,
+) -> tuple[ModelConfig, Layout]:
+    """The target's layout (the source's where nothing is asked for), and the model padded so that it fits."""
+    theirs = checkpoint.layout
+    tp_size = tensor_parallel or checkpoint.tensor_parallel
+    if config.num_attention_heads % tp_size:
+        config.check_layout(tp_size, 1)
+    own = config.unpadded
+    config = config.padded(_multiple(own.vocab_size, vocab_divisor * tp_size), _multiple(own.ffn_hidden_size, tp_size))
+    unchanged = pipeline_parallel in (None, checkpoint.pipeline_parallel) and virtual_pipeline is None
+    if theirs is not None and stage_layers is None and unchanged:
+        return config, replace(theirs, tensor_parallel=tp_size)
+    pp_size = pipeline_parallel or (len(stage_layers) if stage_layers else checkpoint.pipeline_parallel)
+    return config, make_layout(config, tp_size, pp_size, virtual_pipeline or 1, stage_layers)
+
+
+def _multiple(size: int, divisor: int) -> int:
+    return -(-size // divisor) * divisor
+
+
+def _padding_notes(config: ModelConfig) -> list[str]:
+    own = config.unpadded
+    notes = []
+    if config.ffn_hidden_size != own.ffn_hidden_size:
+        notes.append(
+            f"note: ffn hidden size {own.ffn_hidden_size} padded with zeros to {config.ffn_hidden_size}; training "
+            "keeps them zero, and the way back removes them"
+        )
+    if config.vocab_size != own.vocab_size:
+        notes.append(f"note: vocabulary {own.vocab_size} padded to {config.vocab_size}; the way back removes the rest")
+    return notes
+
+
+def _lay_out(
+    folder: Path, format: TargetFormat, config: ModelConfig, layout: Layout | None, dtypes: DTypes, release: bool
+) -> None:
+    """Make all of the target's files, with zeros for the tensors' values."""
+    if layout is None:
+        lay_out_hf(folder, config, dtypes)
+        return
+    iteration = 0 if release else _ITERATION
+    inner = folder / RELEASE if release else iteration_directory(folder, iteration)
+    args = to_args(
+        config,
+        layout.tensor_parallel,
+        layout.pipeline_parallel,
+        dtype=dtypes["transformer.wte.weight"],
+        converted=True,
+        iteration=iteration,
+        use_mcore_models=format != "legacy",
+        **layout_args(layout),
+    )
+    if format == "torch_dist":
+        lay_out_torch_dist(inner, config, dtypes, args, iteration)
+    else:
+        lay_out_torch(inner, config, dtypes, args, iteration, layout, "legacy" if format == "legacy" else "mcore")
+    write_tracker(folder, RELEASE if release else iteration)
+
+
+def _source_files(checkpoint: Checkpoint) -> list[Path]:
+    """The files that the weights come from."""
+    blocks = (block for stored in checkpoint.weights.stored.values() for copy in stored.copies for block in copy)
+    return sorted({block.file.absolute() for block in blocks})
+
+
+def _refuse_full_disk(folder: Path, target: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"{target}: needs {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free: make room, or choose another"
+        )
 
 
 def settle_config(checkpoint: Checkpoint, hf_config: Path | None) -> tuple[ModelConfig, dict[str, Any]]:

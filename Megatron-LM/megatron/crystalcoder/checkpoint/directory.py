@@ -9,11 +9,16 @@ SAVE/hf/                                         config.json and tokenizer files
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data_prep.errors import InputError
 
@@ -21,6 +26,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 RANK_FILE = "model_optim_rng.pt"
 HF_FILES = "hf"
+_JOB = "conversion.json"  # in a directory that is being filled: what is being written there
 
 
 def iteration_directory(save: Path, iteration: int) -> Path:
@@ -55,36 +61,99 @@ def read_tracker(save: Path) -> tuple[int, Path]:
     return iteration, folder
 
 
-def write_tracker(save: Path, iteration: int) -> None:
-    """Make this iteration the latest, atomically: a reader sees the old number or the new one."""
+def write_tracker(save: Path, iteration: int | str) -> None:
+    """Make this iteration (or `release`) the latest, atomically: a reader sees the old number or the new one."""
     partial = save / f".{TRACKER}.{os.getpid()}"
     partial.write_text(str(iteration))
     os.replace(partial, save / TRACKER)
 
 
+@dataclass
+class PartialDirectory:
+    """A directory on its way to becoming a target. is_laid_out: the same job, interrupted, has made its files."""
+
+    path: Path
+    job: dict[str, Any]
+    is_laid_out: bool
+
+    def laid_out(self) -> None:
+        """Say that all files are there at full size: from here on the same job can go on after an interruption."""
+        partial = self.path / f"{_JOB}.new"
+        partial.write_text(json.dumps(self.job))
+        os.replace(partial, self.path / _JOB)
+
+
 @contextmanager
-def new_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
+def new_directory(target: Path, *, overwrite: bool, job: dict[str, Any]) -> Iterator[PartialDirectory]:
     """Yield a directory to fill; it becomes `target` by rename when the block ends, and vanishes when it raises.
 
-    Raises InputError when the target exists, unless it is an empty directory or `overwrite` is set; then the old one is
-    removed only once the new one is complete.
+    A process that is killed or interrupted leaves it behind, and the next with the same `job` (what is written, from
+    what; anything that JSON holds) goes on with it; another job starts anew.
+
+    Raises InputError when the target exists, unless it is an empty directory or `overwrite` is set (then the old one is
+    removed only once the new one is complete), and when another process is at work on it.
     """
     target = target.absolute()
     if target.is_file() or (target.is_dir() and any(target.iterdir()) and not overwrite):
         raise InputError(f"{target}: exists already: choose another target or pass --overwrite")
     missing = [parent for parent in target.parents if not parent.exists()]
-    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
+    path = target.parent / f".{target.name}.partial"
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        replaced = target.parent / f".{target.name}.replaced-{os.getpid()}"
-        if target.exists():
-            os.replace(target, replaced)
-        os.replace(partial, target)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        for parent in missing:  # innermost first; one that somebody else uses by now stays
-            if parent.is_dir() and not any(parent.iterdir()):
-                parent.rmdir()
-        raise
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{target}: cannot be made ({error.strerror}): choose another target") from error
+    with _locked(path, target):
+        job = json.loads(json.dumps(job))
+        is_laid_out = (path / _JOB).is_file() and _read_job(path / _JOB) == job
+        if not is_laid_out:
+            for entry in path.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        try:
+            yield PartialDirectory(path, job, is_laid_out)
+            (path / _JOB).unlink()
+            replaced = target.parent / f".{target.name}.replaced-{os.getpid()}"
+            if target.exists():
+                os.replace(target, replaced)
+            os.replace(path, target)
+            shutil.rmtree(replaced, ignore_errors=True)
+        except Exception as error:
+            shutil.rmtree(path, ignore_errors=True)
+            for parent in missing:  # innermost first; one that somebody else uses by now stays
+                if parent.is_dir() and not any(parent.iterdir()):
+                    parent.rmdir()
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise InputError(
+                    f"{target}: the disk is full ({error.strerror}): make room, or choose another"
+                ) from error
+            raise
+        except KeyboardInterrupt:
+            if (path / _JOB).is_file():
+                raise InputError(
+                    f"{target}: interrupted: the same command goes on from here; to give it up, delete {path}"
+                ) from None
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _locked(path: Path, target: Path) -> Iterator[None]:
+    """Keep other processes out; the lock goes with the process, however it ends."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise InputError(f"{target}: another process is writing it: wait for it, or choose another target") from error
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _read_job(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None

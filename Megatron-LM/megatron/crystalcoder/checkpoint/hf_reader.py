@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from data_prep.errors import InputError
-from megatron.crystalcoder.checkpoint import safe_load
+from megatron.crystalcoder.checkpoint.blocks import Block, Stored
 from megatron.crystalcoder.checkpoint.hf_config import from_hf, read_json
+from megatron.crystalcoder.checkpoint.placement import BlockWeights, matrix_region
+from megatron.crystalcoder.checkpoint.tensor_files import (
+    SAFETENSORS_DTYPES,
+    TensorRef,
+    describe_safetensors,
+    describe_torch,
+)
 from megatron.crystalcoder.checkpoint.verify import check_shapes
 from megatron.crystalcoder.checkpoint.weights import logical_shapes
 
 # The attention's causal mask and its fill value: buffers that older transformers stored.
 _BUFFER = re.compile(r"transformer\.h\.\d+\.attn\.(masked_)?bias")
 _HEAD, _EMBEDDING = "lm_head.weight", "transformer.wte.weight"
-SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WEIGHT_FILES = (
     "model.safetensors.index.json",
     "model.safetensors",
@@ -29,52 +29,48 @@ WEIGHT_FILES = (
 )
 
 
-class HFWeights:
-    """The logical tensors of a Hugging Face directory.
+def open_hf(path: Path) -> BlockWeights:
+    """The weights of a Hugging Face directory: names and shapes checked, nothing but headers read.
 
-    Names and shapes are checked when it is opened; a tensor is read when it is asked for, and nothing else is kept in
-    memory: each read maps its file and lets it go. `lm_head.weight` under a tied head must equal the embedding.
+    `lm_head.weight` under a tied head is a copy of the embedding.
     """
+    config = from_hf(read_json(path / "config.json"), path / "config.json")
+    refs: dict[str, TensorRef] = {}
+    for file, listed in _weight_files(path).items():
+        found = _describe(file)
+        for name in listed or found:
+            if name not in found:
+                raise InputError(f"{file}: tensor {name} is missing, though the index puts it there")
+            if _BUFFER.fullmatch(name):
+                continue
+            ref = refs[name] = found[name]
+            if ref.dtype not in SAFETENSORS_DTYPES.values():
+                raise InputError(f"{file}: tensor {name} is stored as {ref.dtype}: take weights that are not quantised")
+    expected = dict(logical_shapes(config))
+    if config.tie_word_embeddings and _HEAD in refs:
+        expected[_HEAD] = expected[_EMBEDDING]
+    check_shapes({name: ref.shape for name, ref in refs.items()}, expected, path)
+    stored = {
+        name: Stored(refs[name].dtype, shape, [[_block(refs[name])]]) for name, shape in logical_shapes(config).items()
+    }
+    if config.tie_word_embeddings and _HEAD in refs:
+        embedding = stored[_EMBEDDING]
+        embedding.copies.append([_block(refs[_HEAD])])
+        embedding.disagreement = (
+            f"{path}: {_HEAD} differs from {_EMBEDDING}, but config.json says that they are tied: "
+            'set "tie_word_embeddings": false or remove the stale one'
+        )
+        if refs[_HEAD].dtype != embedding.dtype:
+            raise InputError(embedding.disagreement)
+    return BlockWeights(config, stored)
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.config = from_hf(read_json(path / "config.json"), path / "config.json")
-        self._file_of: dict[str, Path] = {}
-        self._dtypes: dict[str, torch.dtype] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for file, listed in _weight_files(path).items():
-            stored = _describe(file)
-            for name in listed or stored:
-                if name not in stored:
-                    raise InputError(f"{file}: tensor {name} is missing, though the index puts it there")
-                if _BUFFER.fullmatch(name):
-                    continue
-                shapes[name], dtype = stored[name]
-                if dtype not in SAFETENSORS_DTYPES.values():
-                    raise InputError(f"{file}: tensor {name} is stored as {dtype}: take weights that are not quantised")
-                self._dtypes[name] = dtype
-                self._file_of[name] = file
-        expected = logical_shapes(self.config)
-        if self.config.tie_word_embeddings and _HEAD in shapes:
-            expected[_HEAD] = expected[_EMBEDDING]
-        check_shapes(shapes, expected, path)
 
-    def names(self) -> Iterable[str]:
-        return logical_shapes(self.config)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._dtypes[name]
-
-    def read(self, name: str) -> Tensor:
-        tensor = _read(self._file_of[name], name)
-        if name == _EMBEDDING and self.config.tie_word_embeddings and _HEAD in self._file_of:
-            head = _read(self._file_of[_HEAD], _HEAD)
-            if not torch.equal(head, tensor):
-                raise InputError(
-                    f"{self.path}: {_HEAD} differs from {_EMBEDDING}, but config.json says that they are tied: "
-                    'set "tie_word_embeddings": false or remove the stale one'
-                )
-        return tensor
+def _block(ref: TensorRef) -> Block:
+    if len(ref.shape) == 1:
+        region = matrix_region(ref, (0, 0), str(ref.shape))
+        return Block(ref.file, ref.offset, (0, 1), region.outer, False, ref.shape[0])
+    region = matrix_region(ref, (0, 0), str(ref.shape))
+    return Block(ref.file, ref.offset, region.outer, region.inner, region.flipped, region.pitch)
 
 
 def _weight_files(path: Path) -> dict[Path, list[str] | None]:
@@ -95,32 +91,11 @@ def _weight_files(path: Path) -> dict[Path, list[str] | None]:
     return files
 
 
-def _describe(file: Path) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Shape and dtype (a name, where it is none that weights come in) of every tensor of a file, from its header."""
+def _describe(file: Path) -> dict[str, TensorRef]:
+    """Every tensor of a file, from its header."""
     if file.suffix == ".safetensors":
-        with _open_safetensors(file) as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
-            return {
-                name: (tuple(piece.get_shape()), SAFETENSORS_DTYPES.get(piece.get_dtype(), piece.get_dtype()))
-                for name, piece in slices.items()
-            }
-    content = safe_load.load(file)
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        return describe_safetensors(file)
+    content = describe_torch(file)
+    if not isinstance(content, dict) or not all(isinstance(value, TensorRef) for value in content.values()):
         raise InputError(f"{file}: is not a state dict of tensors")
-    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in content.items()}
-
-
-def _read(file: Path, name: str) -> Tensor:
-    if file.suffix == ".safetensors":
-        with _open_safetensors(file) as opened:
-            return opened.get_tensor(name)
-    return safe_load.load(file)[name].clone(memory_format=torch.contiguous_format)
-
-
-def _open_safetensors(file: Path) -> safe_open:
-    if not file.is_file():
-        raise InputError(f"{file}: no such file: the checkpoint is incomplete, copy it again")
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise InputError(f"{file}: cannot be read, the file is damaged or cut short: copy it again") from error
+    return content

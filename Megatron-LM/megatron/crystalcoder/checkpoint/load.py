@@ -22,7 +22,7 @@ def load_weights(model: torch.nn.Module, source: WeightSource, config: ModelConf
     from megatron.core import parallel_state
 
     expected, found = logical_shapes(config), logical_shapes(source.config)
-    for name in expected | found:
+    for name in dict(expected) | dict(found):
         if expected.get(name) != found.get(name):
             raise InputError(
                 f"tensor {name}: the model has shape {expected.get(name)}, the checkpoint {found.get(name)}: "

@@ -60,8 +60,9 @@ def to_args(
         rotary_interleave_repeat=config.rotary_interleaved,  # the reference's name for the same
         norm_epsilon=config.layernorm_epsilon,
         untie_embeddings_and_output_weights=not config.tie_word_embeddings,
-        vocab_size=config.vocab_size,
+        vocab_size=config.unpadded.vocab_size,
         padded_vocab_size=config.vocab_size,
+        unpadded_ffn_hidden_size=config.unpadded_ffn_hidden_size,
         make_vocab_size_divisible_by=1,
         tokenizer_type="NullTokenizer",
         attention_dropout=0.0,
@@ -106,14 +107,13 @@ def from_args(args: argparse.Namespace, where: Path) -> ModelConfig:
     for name, expected in _FIXED.items():
         if values.get(name, expected) != expected:
             raise InputError(f"{where}: args.{name} is {values[name]!r}, but a CrystalCoder has {expected!r}")
-    if values.get("virtual_pipeline_model_parallel_size"):
-        raise InputError(f"{where}: written with a virtual pipeline: save it again without one")
     try:
         hidden, heads = int(args.hidden_size), int(args.num_attention_heads)
         head_dim = int(values.get("kv_channels") or hidden // heads)
         if head_dim * heads != hidden:
             raise InputError(f"{where}: args.kv_channels {head_dim} is not hidden size / attention heads")
         recorded = mup_is_recorded(args)
+        is_ours = "unpadded_ffn_hidden_size" in values
         interleaved = values.get("rotary_interleaved", values.get("rotary_interleave_repeat", True))
         return ModelConfig(
             vocab_size=int(values.get("padded_vocab_size") or args.vocab_size),
@@ -135,8 +135,15 @@ def from_args(args: argparse.Namespace, where: Path) -> ModelConfig:
             )
             if recorded
             else MuP(),
+            # Of other writers' checkpoints `vocab_size` says what the tokenizer had, which need not be the model's.
+            unpadded_vocab_size=_smaller(values.get("vocab_size"), args.padded_vocab_size) if is_ours else None,
+            unpadded_ffn_hidden_size=values.get("unpadded_ffn_hidden_size"),
         )
     except AttributeError as error:
         raise InputError(f"{where}: args has no `{error.name}`: this is not a GPT checkpoint of Megatron") from error
     except (TypeError, ValueError) as error:
         raise InputError(f"{where}: {error}") from error
+
+
+def _smaller(own: int | None, padded: int) -> int | None:
+    return own if own is not None and own < padded else None

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from data_prep.errors import InputError
-from megatron.crystalcoder.checkpoint import safe_load
 from megatron.crystalcoder.checkpoint.directory import HF_FILES, TRACKER, read_tracker
-from megatron.crystalcoder.checkpoint.hf_reader import HFWeights
+from megatron.crystalcoder.checkpoint.hf_reader import open_hf
+from megatron.crystalcoder.checkpoint.layout import Layout, layout_of
 from megatron.crystalcoder.checkpoint.megatron_args import from_args, mup_is_recorded
-from megatron.crystalcoder.checkpoint.torch_dist_reader import COMMON, FORMAT, TorchDistWeights
-from megatron.crystalcoder.checkpoint.torch_reader import TorchWeights, load_first_rank, names_in
-from megatron.crystalcoder.checkpoint.weights import WeightSource
+from megatron.crystalcoder.checkpoint.placement import BlockWeights
+from megatron.crystalcoder.checkpoint.tensor_files import describe_torch
+from megatron.crystalcoder.checkpoint.torch_dist_reader import COMMON, FORMAT, open_torch_dist
+from megatron.crystalcoder.checkpoint.torch_reader import describe_first_rank, names_in, open_torch
 from megatron.crystalcoder.model.config import ModelConfig
 
 Format = Literal["hf", "torch", "torch_dist", "legacy"]
@@ -35,43 +36,66 @@ class Checkpoint:
     folder: Path
     format: Format
     config: ModelConfig
-    weights: WeightSource
+    weights: BlockWeights
     mup_recorded: bool = True
     is_converted: bool = False
     iteration: int = 0
     args: argparse.Namespace | None = None
-    tensor_parallel: int = 1
-    pipeline_parallel: int = 1
+    layout: Layout | None = None
     hf_files: Path | None = None
 
+    @property
+    def tensor_parallel(self) -> int:
+        """The size it was written at; 1 for Hugging Face."""
+        return self.layout.tensor_parallel if self.layout else 1
 
-def open_checkpoint(path: Path | str) -> Checkpoint:
-    """Open a Hugging Face or Megatron checkpoint directory. Raises InputError, with what to do about it."""
+    @property
+    def pipeline_parallel(self) -> int:
+        """The size it was written at; 1 for Hugging Face."""
+        return self.layout.pipeline_parallel if self.layout else 1
+
+
+def open_checkpoint(path: Path | str, *, true_vocab_size: int | None = None) -> Checkpoint:
+    """Open a Hugging Face or Megatron checkpoint directory. Raises InputError, with what to do about it.
+
+    true_vocab_size: the rows of the vocabulary that count, where another writer padded it and does not say so.
+    """
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such directory: give the directory of a checkpoint")
     if (path / "config.json").is_file() and not (path / TRACKER).is_file():
-        hf = HFWeights(path)
+        hf = open_hf(path)
+        if true_vocab_size not in (None, hf.config.vocab_size):
+            raise InputError(
+                f"{path}: the vocabulary has {hf.config.vocab_size} rows, not the {true_vocab_size} of "
+                "--true-vocab-size (a Hugging Face checkpoint's is never padded): drop the flag"
+            )
         return Checkpoint(path, path, "hf", hf.config, hf, hf_files=path)
     iteration, folder = read_tracker(path)
     hf_files = path / HF_FILES if (path / HF_FILES / "config.json").is_file() else None
     is_distributed = (folder / FORMAT).is_file()
-    content = safe_load.load(folder / COMMON) if is_distributed else load_first_rank(folder)
+    content = describe_torch(folder / COMMON) if is_distributed else describe_first_rank(folder)
     args = content.get("args") if isinstance(content, dict) else None
     if not isinstance(args, argparse.Namespace):
         raise InputError(
             f"{folder}: records no `args`, so the model's sizes are unknown: save it with a trainer that does"
         )
     config = from_args(args, folder)
-    tp_size, pp_size = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    weights: WeightSource
+    if true_vocab_size is not None:
+        if true_vocab_size > config.vocab_size:
+            raise InputError(
+                f"{path}: the vocabulary has {config.vocab_size} rows, fewer than the {true_vocab_size} of "
+                "--true-vocab-size: correct the flag"
+            )
+        config = replace(config, unpadded_vocab_size=true_vocab_size if true_vocab_size < config.vocab_size else None)
+    layout = layout_of(args, config, folder)
     format_: Format
     if is_distributed:
-        format_, weights = "torch_dist", TorchDistWeights(folder, config)
+        format_, weights = "torch_dist", open_torch_dist(folder, config)
     else:
-        names = names_in(content["model"])
+        names = names_in(content)
         format_ = "legacy" if names == "legacy" else "torch"
-        weights = TorchWeights(folder, config, names, tp_size, pp_size)
+        weights = open_torch(folder, config, names, layout)
     recorded = mup_is_recorded(args)
     return Checkpoint(
         path=path,
@@ -84,7 +108,6 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         is_converted=getattr(args, "converted", not recorded),
         iteration=iteration,
         args=args,
-        tensor_parallel=tp_size,
-        pipeline_parallel=pp_size,
+        layout=layout,
         hf_files=hf_files,
     )

@@ -7,28 +7,25 @@ the layout of ranks that wrote it. megatron-core stacks the layers of a tensor a
 from __future__ import annotations
 
 import pickle
-import warnings
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from data_prep.errors import InputError
+from megatron.crystalcoder.checkpoint.placement import BlockWeights, Placement, matrix_region
+from megatron.crystalcoder.checkpoint.tensor_files import TensorRef, describe_torch
 from megatron.crystalcoder.checkpoint.verify import check_shapes
-from megatron.crystalcoder.checkpoint.weights import MegatronWeights, Row, megatron_shape, stage_rows
+from megatron.crystalcoder.checkpoint.weights import Row, megatron_shape, stage_rows
 from megatron.crystalcoder.model.config import ModelConfig
 
 METADATA, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
 _LAYERS = "decoder.layers."
 # Training saves them beside the weights.
-_NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state_machine_state", "opt_param_scheduler")
+NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state_machine_state", "opt_param_scheduler")
 
 
 def stacked(name: str) -> tuple[str, int | None]:
@@ -39,99 +36,79 @@ def stacked(name: str) -> tuple[str, int | None]:
     return _LAYERS + rest, int(layer)
 
 
-class TorchDistWeights(MegatronWeights):
-    """Logical tensors of a `torch_dist` checkpoint, one at a time, whatever TP and PP it was written at."""
-
-    def __init__(self, path: Path, config: ModelConfig) -> None:
-        super().__init__(config)
-        self._path = path
-        self._reader = _SafeReader(path)
-        self._stored = {
-            key: entry
-            for key, entry in self._reader.read_metadata().state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and not key.startswith(_NOT_WEIGHTS)
-        }
-        # A model whose layers differ is stored layer by layer; both ways are read.
-        self._is_stacked = f"{_LAYERS}0.mlp.linear_fc1.weight" not in self._stored
-        expected: dict[str, tuple[int, ...]] = {}
-        for row in stage_rows(config):
-            key, layer = self._locate(row)
-            shape = megatron_shape(row, config)
-            expected[key] = shape if layer is None else (config.num_layers, *shape)
-        check_shapes({key: tuple(entry.size) for key, entry in self._stored.items()}, expected, path)
-
-    def read_full(self, row: Row, pp_rank: int) -> Tensor:
-        key, layer = self._locate(row)
-        entry = self._stored[key]
-        offsets, sizes = [0] * len(entry.size), list(entry.size)
-        if layer is not None:
-            offsets[0], sizes[0] = layer, 1
-        chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-        # A hole in the chunks must not pass for values.
-        tensor = torch.full(sizes, float("nan"), dtype=entry.properties.dtype)
-        planner = _ChunkPlanner(key, entry, chunk)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch's note that there is no process group: that is the point
-                dcp.load({key: tensor}, storage_reader=self._reader, planner=planner, no_dist=True)
-        except CheckpointException as error:  # torch wraps whatever a damaged file raises
-            raise InputError(
-                f"{self._path}: {key} cannot be read, a .distcp file is missing or damaged: copy it again"
-            ) from error
-        return tensor if layer is None else tensor[0]
-
-    def full_dtype(self, row: Row, pp_rank: int) -> torch.dtype:
-        return self._stored[self._locate(row)[0]].properties.dtype
-
-    def _locate(self, row: Row) -> tuple[str, int | None]:
+def open_torch_dist(path: Path, config: ModelConfig) -> BlockWeights:
+    """The weights of a `torch_dist` checkpoint, whatever TP and PP it was written at. Reads headers only."""
+    metadata = read_metadata(path)
+    entries = {
+        key: entry
+        for key, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and not key.startswith(NOT_WEIGHTS)
+    }
+    # A model whose layers differ is stored layer by layer; both ways are read.
+    is_stacked = f"{_LAYERS}0.mlp.linear_fc1.weight" not in entries
+    expected: dict[str, tuple[int, ...]] = {}
+    located: list[tuple[Row, str, int | None]] = []
+    for row in stage_rows(config):
         for name in (row.sharded_name, row.mcore):
-            key, layer = stacked(name) if self._is_stacked else (name, None)
-            if key in self._stored:
-                return key, layer
-        return key, layer
+            key, layer = stacked(name) if is_stacked else (name, None)
+            if key in entries:
+                break
+        shape = megatron_shape(row, config)
+        expected[key] = shape if layer is None else (config.num_layers, *shape)
+        located.append((row, key, layer))
+    check_shapes({key: tuple(entry.size) for key, entry in entries.items()}, expected, path)
+    placement = Placement(config, path)
+    chunks: dict[str, list[tuple[tuple[int, ...], TensorRef]]] = {
+        key: list(_chunks(path, key, entry, metadata)) for key, entry in entries.items()
+    }
+    for row, key, layer in located:
+        for offsets, ref in chunks[key]:
+            if layer is not None:
+                if not offsets[0] <= layer < offsets[0] + ref.shape[0]:
+                    continue
+                offset = ref.offset + (layer - offsets[0]) * ref.strides[0] * ref.dtype.itemsize
+                ref = replace(ref, offset=offset, shape=ref.shape[1:], strides=ref.strides[1:])
+                offsets = offsets[1:]
+            corner = (offsets[0], offsets[1] if len(offsets) == 2 else 0)
+            placement.add(row, ref, [matrix_region(ref, corner, key)], None, is_replica=False)
+    return placement.weights("")
 
 
-class _ChunkPlanner(DefaultLoadPlanner):
-    """Read one chunk of one stored tensor into a tensor of the chunk's size."""
+def _chunks(
+    path: Path, key: str, entry: TensorStorageMetadata, metadata: Metadata
+) -> Iterator[tuple[tuple[int, ...], TensorRef]]:
+    """The chunks of a stored tensor: offsets in it, and where each lies."""
+    for chunk in entry.chunks:
+        info = metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
+        if info is None:
+            raise InputError(f"{path / METADATA}: does not say where a part of {key} lies: copy the checkpoint again")
+        file = path / info.relative_path
+        try:
+            ref = describe_torch(file, info.offset, info.length)
+        except InputError as error:
+            if "refused" in str(error):
+                raise
+            raise InputError(
+                f"{path}: {key} cannot be read, {file.name} is missing or damaged: copy it again"
+            ) from error
+        if not isinstance(ref, TensorRef) or tuple(ref.shape) != tuple(chunk.sizes):
+            raise InputError(f"{file}: holds something else where {key} should be: copy the checkpoint again")
+        yield tuple(chunk.offsets), ref
 
-    def __init__(self, key: str, entry: TensorStorageMetadata, chunk: ChunkStorageMetadata) -> None:
-        super().__init__()
-        self._key, self._entry, self._chunk = key, entry, chunk
 
-    def create_local_plan(self) -> LoadPlan:
-        return LoadPlan(create_read_items_for_chunk_list(self._key, self._entry, [self._chunk]))
-
-    def lookup_tensor(self, index: Any) -> Tensor:
-        return self.state_dict[self._key]
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        tensor = self.state_dict[self._key]
-        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            tensor = tensor.narrow(dim, start, length)
-        return tensor
-
-
-class _SafeReader(dcp.FileSystemReader):
-    """torch's reader, but its metadata is unpickled once, and builds nothing but metadata."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self._metadata: Metadata | None = None
-        self._metadata_file = path / METADATA
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._metadata is None:
-            try:
-                with self._metadata_file.open("rb") as stream:
-                    metadata = _MetadataUnpickler(stream, self._metadata_file).load()
-            except (OSError, EOFError, pickle.UnpicklingError, ValueError, KeyError, TypeError) as error:
-                if isinstance(error, InputError):
-                    raise
-                raise InputError(f"{self._metadata_file}: cannot be read: copy the checkpoint again") from error
-            if not isinstance(metadata, Metadata):
-                raise InputError(f"{self._metadata_file}: holds no checkpoint metadata")
-            self._metadata = metadata
-        return self._metadata
+def read_metadata(path: Path) -> Metadata:
+    """The checkpoint's `.metadata`, which may build nothing but metadata. Raises InputError."""
+    file = path / METADATA
+    try:
+        with file.open("rb") as stream:
+            metadata = _MetadataUnpickler(stream, file).load()
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{file}: cannot be read: copy the checkpoint again") from error
+    if not isinstance(metadata, Metadata):
+        raise InputError(f"{file}: holds no checkpoint metadata")
+    return metadata
 
 
 class _MetadataUnpickler(pickle.Unpickler):

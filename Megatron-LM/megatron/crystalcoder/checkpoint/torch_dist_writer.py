@@ -1,4 +1,4 @@
-"""Write megatron-core's `torch_dist` format without a model, a process group or more than one tensor in memory.
+"""Lay out megatron-core's `torch_dist` format without a process group: its files, whole but for the tensors' values.
 
 `megatron.core.dist_checkpointing.load` reads it with any model's `sharded_state_dict()`, at any TP and PP.
 """
@@ -8,47 +8,52 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import warnings
-from collections.abc import Iterator
+import pickle
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from megatron.crystalcoder.checkpoint.megatron_args import CHECKPOINT_VERSION
-from megatron.crystalcoder.checkpoint.torch_dist_reader import COMMON, FORMAT, stacked
-from megatron.crystalcoder.checkpoint.weights import (
-    Row,
-    WeightSource,
-    megatron_dtype,
-    megatron_shape,
-    stage_rows,
-    to_full,
-)
+from megatron.crystalcoder.checkpoint.tensor_files import TensorRef, describe_torch
+from megatron.crystalcoder.checkpoint.torch_dist_reader import COMMON, FORMAT, METADATA, stacked
+from megatron.crystalcoder.checkpoint.weights import DTypes, megatron_dtype, megatron_shape, stage_rows
 from megatron.crystalcoder.model.config import ModelConfig
 
+MAX_FILE_BYTES = 5_000_000_000
 # megatron-core's linear layers ask for their (empty) extra state when they load.
 _LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
-def write_torch_dist(
-    iteration_dir: Path, source: WeightSource, config: ModelConfig, args: argparse.Namespace, iteration: int
+def lay_out_torch_dist(
+    iteration_dir: Path, config: ModelConfig, dtypes: DTypes, args: argparse.Namespace, iteration: int
 ) -> None:
-    """Fill `iteration_dir` with .metadata, *.distcp, common.pt and metadata.json."""
+    """Fill `iteration_dir` with .metadata, *.distcp, common.pt and metadata.json; values zero, checksums to come."""
     iteration_dir.mkdir(parents=True)
-    writer = dcp.FileSystemWriter(iteration_dir, single_file_per_rank=True, thread_count=1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's note that there is no process group: that is the point
-        try:
-            dcp.save({}, storage_writer=writer, planner=_TablePlanner(source, config), no_dist=True)
-        except CheckpointException as error:
-            raise error.failures[0][0] from error  # what the source raised, such as a NaN's InputError
+    data = DistFiles(iteration_dir)
+    for row in stage_rows(config):
+        key, layer = stacked(row.sharded_name)
+        shape = megatron_shape(row, config)
+        if layer is None:
+            data.add_tensor(key, shape, (0,) * len(shape), shape, megatron_dtype(row, dtypes))
+        else:
+            size, offsets = (config.num_layers, *shape), (layer, *[0] * len(shape))
+            data.add_tensor(key, size, offsets, (1, *shape), megatron_dtype(row, dtypes))
+    for linear in _LINEARS:
+        for layer in range(config.num_layers):
+            data.add_object(f"decoder.layers.{linear}._extra_state/shard_{layer}_{config.num_layers}", [None])
+    data.close()
     common = {"args": args, "checkpoint_version": CHECKPOINT_VERSION, "iteration": iteration}
     torch.save(common, iteration_dir / COMMON)
     formats = {
@@ -60,50 +65,79 @@ def write_torch_dist(
     (iteration_dir / FORMAT).write_text(json.dumps(formats))
 
 
-class _TablePlanner(DefaultSavePlanner):
-    """Plans one chunk per row of the table, and reads a row's tensors only when torch is about to write its chunk."""
+class DistFiles:
+    """The .distcp files, one after the other, and the metadata that finds things in them.
 
-    def __init__(self, source: WeightSource, config: ModelConfig) -> None:
-        super().__init__(flatten_state_dict=False)
-        self._source, self._config = source, config
-        self._rows: dict[MetadataIndex, Row] = {}
+    Each tensor lies there as torch.save writes it.
+    """
 
-    def create_local_plan(self) -> SavePlan:
-        items = [*self._tensor_items(), *self._extra_state_items()]
-        self.plan = SavePlan(items)
-        return self.plan
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._number = folder, 0
+        self._file: BinaryIO = self._next()
+        self._templates: dict[tuple[Any, ...], _Template] = {}
+        self._tensors: dict[str, Any] = {}
+        self._storage: dict[MetadataIndex, _StorageInfo] = {}
 
-    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        if write_item.type == WriteItemType.BYTE_IO:
-            stream = io.BytesIO()
-            torch.save([None], stream)
-            return stream
-        row = self._rows[write_item.index]
-        full = to_full(row, [self._source.read(name) for name in row.hf], self._config)
-        assert write_item.tensor_data is not None
-        return full.view(write_item.tensor_data.chunk.sizes)
+    def add_tensor(
+        self, key: str, size: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
+        """A place for the chunk at `offsets` of the tensor `key`, whose whole size is `size`."""
+        template = self._templates.get((sizes, dtype))
+        if template is None:
+            template = self._templates[sizes, dtype] = _template(sizes, dtype)
+        if self._file.tell() and self._file.tell() + template.nbytes > MAX_FILE_BYTES:
+            self._file.close()
+            self._number += 1
+            self._file = self._next()
+        entry = self._tensors.setdefault(
+            key, TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(size), [])
+        )
+        chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+        self._place(MetadataIndex(key, chunk.offsets, len(entry.chunks)), template.nbytes)
+        entry.chunks.append(chunk)
+        self._file.write(template.before)
+        self._file.seek(template.nbytes - len(template.before) - len(template.after), io.SEEK_CUR)
+        self._file.write(template.after)
 
-    def _tensor_items(self) -> Iterator[WriteItem]:
-        for row in stage_rows(self._config):
-            key, layer = stacked(row.sharded_name)
-            size = sizes = torch.Size(megatron_shape(row, self._config))
-            offsets = torch.Size([0] * len(size))
-            if layer is not None:
-                size = torch.Size([self._config.num_layers, *size])
-                sizes, offsets = torch.Size([1, *sizes]), torch.Size([layer, *offsets])
-            index = MetadataIndex(key, offsets)
-            self._rows[index] = row
-            data = TensorWriteData(
-                ChunkStorageMetadata(offsets, sizes), TensorProperties(dtype=megatron_dtype(row, self._source)), size
-            )
-            yield WriteItem(index, WriteItemType.SHARD, tensor_data=data)
+    def add_object(self, key: str, value: Any) -> None:
+        """A small object, stored now."""
+        stream = io.BytesIO()
+        torch.save(value, stream)
+        self._tensors[key] = BytesStorageMetadata()
+        self._place(MetadataIndex(key), stream.tell())
+        self._file.write(stream.getvalue())
 
-    def _extra_state_items(self) -> Iterator[WriteItem]:
-        layers = self._config.num_layers
-        for linear in _LINEARS:
-            for layer in range(layers):
-                key = f"decoder.layers.{linear}._extra_state/shard_{layer}_{layers}"
-                yield WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO)
+    def close(self) -> None:
+        """End the files and write `.metadata`."""
+        self._file.close()
+        metadata = Metadata(self._tensors, storage_data=self._storage, storage_meta=StorageMeta())
+        with (self._folder / METADATA).open("wb") as stream:
+            pickle.dump(metadata, stream)
 
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        raise NotImplementedError("tensors are resolved from the source, not looked up in a state dict")
+    def _next(self) -> BinaryIO:
+        return (self._folder / f"__0_{self._number}.distcp").open("wb")
+
+    def _place(self, index: MetadataIndex, nbytes: int) -> None:
+        self._storage[index] = _StorageInfo(f"__0_{self._number}.distcp", self._file.tell(), nbytes)
+
+
+class _Template:
+    """What torch.save writes before and after a tensor's values, and the size of all."""
+
+    def __init__(self, before: bytes, after: bytes, nbytes: int) -> None:
+        self.before, self.after, self.nbytes = before, after, nbytes
+
+
+def _template(shape: tuple[int, ...], dtype: torch.dtype) -> _Template:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "tensor.pt")
+        with torch.serialization.skip_data():
+            torch.save(torch.empty(shape, dtype=dtype), file)
+        ref = describe_torch(file)
+        assert isinstance(ref, TensorRef)
+        assert ref.record is not None
+        nbytes, end = file.stat().st_size, ref.record.offset + ref.record.nbytes
+        with file.open("rb") as stream:
+            before = stream.read(ref.record.offset)
+            stream.seek(end)
+            return _Template(before, stream.read(), nbytes)

@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
 from data_prep.errors import InputError
-from megatron.crystalcoder.checkpoint import safe_load
 from megatron.crystalcoder.checkpoint.directory import rank_file
+from megatron.crystalcoder.checkpoint.layout import Layout
 from megatron.crystalcoder.checkpoint.megatron_args import CHECKPOINT_VERSION
+from megatron.crystalcoder.checkpoint.placement import BlockWeights, Placement, shard_regions
+from megatron.crystalcoder.checkpoint.tensor_files import TensorRef, describe_torch
 from megatron.crystalcoder.checkpoint.verify import check_shapes
-from megatron.crystalcoder.checkpoint.weights import (
-    EMBEDDING,
-    TIED_HEAD,
-    MegatronWeights,
-    Row,
-    megatron_shape,
-    stage_rows,
-    unshard,
-)
+from megatron.crystalcoder.checkpoint.weights import TIED_HEAD, Row, chunk_rows, megatron_shape
 from megatron.crystalcoder.model.config import ModelConfig
 
 Names = Literal["mcore", "legacy"]
 
 
-def load_first_rank(iteration_dir: Path) -> dict[str, Any]:
-    """Rank 0's file, mapped: it tells the layout (`args`) and, by its names, the dialect."""
+def describe_first_rank(iteration_dir: Path) -> dict[str, Any]:
+    """Rank 0's file, described: it tells the layout (`args`) and, by its names, the dialect."""
     found = [path for pp_size in (1, 2) if (path := rank_file(iteration_dir, 0, 0, pp_size)).is_file()]
     if not found:
         raise InputError(f"{rank_file(iteration_dir, 0, 0, 1)}: no such file: the checkpoint is incomplete")
-    content = safe_load.load(found[0])
-    if not isinstance(content, dict) or "args" not in content or not isinstance(content.get("model"), dict):
+    content = describe_torch(found[0])
+    has_model = isinstance(content, dict) and isinstance(content.get(model_key(0, content)), dict)
+    if not has_model or "args" not in content:
         raise InputError(f"{found[0]}: has no `args` and `model`: this is not a checkpoint of Megatron's")
     version = content.get("checkpoint_version", 0)
     if not 2 <= version <= CHECKPOINT_VERSION:
@@ -44,72 +37,63 @@ def load_first_rank(iteration_dir: Path) -> dict[str, Any]:
     return content
 
 
-def names_in(model: dict[str, Any]) -> Names:
-    """Which dialect a rank's `model` speaks: the reference's is nested, megatron-core's is flat."""
-    return "legacy" if "language_model" in model or "word_embeddings_for_head" in model else "mcore"
+def model_key(virtual_rank: int, content: dict[str, Any]) -> str:
+    """Where a rank's file holds a chunk's weights: `model`, or `model0`, `model1` in a virtual pipeline."""
+    return "model" if "model" in content else f"model{virtual_rank}"
 
 
-class TorchWeights(MegatronWeights):
-    """Logical tensors assembled from the rank files, one at a time.
+def names_in(content: dict[str, Any]) -> Names:
+    """Which dialect a rank's file speaks: the reference's weights are nested, megatron-core's are flat."""
+    model = content.get(model_key(0, content))
+    is_legacy = isinstance(model, dict) and ("language_model" in model or "word_embeddings_for_head" in model)
+    return "legacy" if is_legacy else "mcore"
 
-    Opening it checks every rank's names and shapes against the table. Each read maps the files it needs and lets them
-    go, so that optimizer state beside the weights costs nothing.
-    """
 
-    def __init__(self, iteration_dir: Path, config: ModelConfig, names: Names, tp_size: int, pp_size: int) -> None:
-        super().__init__(config, pp_size)
-        self._dir, self._dialect, self._tp_size, self._pp_size = iteration_dir, names, tp_size, pp_size
-        config.check_layout(tp_size, pp_size)
-        self._has_head_copy = config.tie_word_embeddings and pp_size > 1
-        self._dtypes: dict[tuple[str, int], torch.dtype] = {}
-        for pp_rank in range(pp_size):
-            rows = stage_rows(config, pp_rank, pp_size)
-            expected = {self._name(row): megatron_shape(row, config, tp_size) for row in rows}
-            for tp_rank in range(tp_size):
-                found = self._load(tp_rank, pp_rank)
+def row_name(row: Row, dialect: Names, found: Container[str] = ()) -> str:
+    """A row's name in a rank's file, dots for nesting; layers that fuse norms (`found` tells) name those otherwise."""
+    if row.norm_fused in found:
+        return row.sharded_name
+    return row.mcore if dialect == "mcore" else row.legacy
+
+
+def open_torch(iteration_dir: Path, config: ModelConfig, dialect: Names, layout: Layout) -> BlockWeights:
+    """Every rank's names and shapes checked against the table, and where the tensors lie. Reads headers only."""
+    placement = Placement(config, iteration_dir)
+    tp_size, pp_size = layout.tensor_parallel, layout.pipeline_parallel
+    for pp_rank in range(pp_size):
+        for tp_rank in range(tp_size):
+            path = rank_file(iteration_dir, tp_rank, pp_rank, pp_size)
+            content = describe_torch(path)
+            if not isinstance(content, dict) or names_in(content) != dialect:
+                raise InputError(f"{path}: does not hold the same kind of `model` as rank 0's file")
+            for virtual_rank, chunk in enumerate(layout.chunks(pp_rank)):
+                model = content.get(model_key(virtual_rank, content))
+                if not isinstance(model, dict):
+                    raise InputError(f"{path}: does not hold the same kind of `model` as rank 0's file")
+                found, rows = _flatten(model), chunk_rows(config, layout, chunk)
                 check_shapes(
-                    {name: tuple(t.shape) for name, t in found.items()}, expected, self._file(tp_rank, pp_rank)
+                    {name: ref.shape for name, ref in found.items()},
+                    {row_name(row, dialect, found): megatron_shape(row, config, tp_size) for row in rows},
+                    path,
                 )
-                self._dtypes.update({(name, pp_rank): tensor.dtype for name, tensor in found.items()})
-
-    def read_full(self, row: Row, pp_rank: int) -> Tensor:
-        ranks = range(self._tp_size) if row.split is not None else range(1)
-        full = unshard(row, [self._load(tp_rank, pp_rank)[self._name(row)] for tp_rank in ranks])
-        if row is EMBEDDING and self._has_head_copy:
-            self._check_head_copy(full)
-        return full
-
-    def full_dtype(self, row: Row, pp_rank: int) -> torch.dtype:
-        return self._dtypes[self._name(row), pp_rank]
-
-    def _check_head_copy(self, embedding: Tensor) -> None:
-        if not torch.equal(self.read_full(TIED_HEAD, self._pp_size - 1), embedding):
-            raise InputError(
-                f"{self._dir}: the embedding on the first pipeline stage and its copy on the last one differ: "
-                "one of the files is from another checkpoint"
-            )
-
-    def _name(self, row: Row) -> str:
-        return row.mcore if self._dialect == "mcore" else row.legacy
-
-    def _file(self, tp_rank: int, pp_rank: int) -> Path:
-        return rank_file(self._dir, tp_rank, pp_rank, self._pp_size)
-
-    def _load(self, tp_rank: int, pp_rank: int) -> dict[str, Tensor]:
-        path = self._file(tp_rank, pp_rank)
-        content = safe_load.load(path)
-        model = content.get("model") if isinstance(content, dict) else None
-        if not isinstance(model, dict) or names_in(model) != self._dialect:
-            raise InputError(f"{path}: does not hold the same kind of `model` as rank 0's file")
-        return _flatten(model)
+                for row in rows:
+                    ref = found[row_name(row, dialect, found)]
+                    is_replica = row.split is None and tp_rank > 0
+                    copy = (row.mcore == TIED_HEAD.mcore, tp_rank if row.split is None else None)
+                    regions = shard_regions(row, config, ref, tp_rank, tp_size)
+                    placement.add(row, ref, regions, copy, is_replica=is_replica)
+    return placement.weights(
+        f"{iteration_dir}: the embedding on the first pipeline stage and its copy on the last one differ: "
+        "one of the files is from another checkpoint"
+    )
 
 
-def _flatten(model: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
+def _flatten(model: dict[str, Any], prefix: str = "") -> dict[str, TensorRef]:
     """Nested dictionaries to dotted names; what is not a tensor (Transformer Engine's extra state) is left out."""
-    flat: dict[str, Tensor] = {}
+    flat: dict[str, TensorRef] = {}
     for name, value in model.items():
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{name}.")
-        elif isinstance(value, Tensor) and not name.endswith("_extra_state"):
+        elif isinstance(value, TensorRef) and not str(name).endswith("_extra_state"):
             flat[prefix + name] = value
     return flat

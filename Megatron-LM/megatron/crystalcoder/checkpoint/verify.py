@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data_prep.errors import InputError
-from megatron.crystalcoder.checkpoint.weights import WeightSource
-from megatron.crystalcoder.model.config import ModelConfig
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: Path) -> None:
@@ -42,35 +43,17 @@ def check_finite(tensor: Tensor, name: str, where: str) -> Tensor:
     return tensor
 
 
-class Cast:
-    """A source whose tensors are checked to be finite and brought to one dtype (None: each keeps its own)."""
+def all_finite(values: np.ndarray, dtype: torch.dtype) -> bool:
+    """Whether numbers of a floating dtype, given as the integers of their bits, are all neither NaN nor infinite.
 
-    def __init__(self, source: WeightSource, dtype: torch.dtype | None, where: str) -> None:
-        self.config: ModelConfig = source.config
-        self._source, self._dtype, self._where = source, dtype, where
-
-    def names(self) -> Iterable[str]:
-        return self._source.names()
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._dtype or self._source.dtype(name)
-
-    def read(self, name: str) -> Tensor:
-        tensor = check_finite(self._source.read(name), name, self._where)
-        if self._dtype in (None, tensor.dtype):
-            return tensor
-        cast = tensor.to(self._dtype)
-        if not bool(torch.isfinite(cast).all()):
-            raise InputError(
-                f"{self._where}: tensor {name} does not fit {str(self._dtype).removeprefix('torch.')}: "
-                "its largest value overflows; choose --dtype bfloat16 or float32"
-            )
-        return cast
-
-
-def check_equal(written: WeightSource, source: WeightSource, where: Path) -> None:
-    """Raise RuntimeError unless both give the same tensors, bit for bit: a fault of ours or the disk, not of input."""
-    for name in source.names():
-        expected, found = source.read(name), written.read(name)
-        if expected.dtype != found.dtype or not torch.equal(expected, found):
-            raise RuntimeError(f"{where}: tensor {name} was not written as it was read")
+    The largest of them as signed integers is the largest positive number, the largest as unsigned ones the largest
+    negative, and NaN and infinity are larger than all others: two passes at the speed of memory.
+    """
+    infinity = int(torch.tensor(float("inf"), dtype=dtype).view(_INTEGERS[dtype.itemsize]))
+    sign = 1 << (8 * dtype.itemsize - 1)
+    flat, step = values.reshape(-1), (1 << 20) // dtype.itemsize
+    unsigned = flat.view(f"u{dtype.itemsize}")
+    return all(
+        flat[start : start + step].max() < infinity and unsigned[start : start + step].max() < infinity + sign
+        for start in range(0, flat.size, step)
+    )

@@ -9,17 +9,20 @@ Shape letters: v vocab, h hidden, f ffn, n heads, d head dim.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from data_prep.errors import InputError
+from megatron.crystalcoder.checkpoint.layout import Layout
 from megatron.crystalcoder.model.config import ModelConfig
 
+DTypes = Mapping[str, torch.dtype]  # by logical tensor
 Kind = Literal["plain", "transpose", "qkv", "gated"]
 
 
@@ -129,23 +132,29 @@ LAYER = (
 
 
 def stage_rows(config: ModelConfig, pp_rank: int = 0, pp_size: int = 1) -> list[Row]:
-    """The rows of one pipeline stage: `num_layers / pp_size` consecutive layers, numbered from 0 on every stage."""
-    per_stage = config.num_layers // pp_size
-    rows = [EMBEDDING] if pp_rank == 0 else []
-    for local in range(per_stage):
-        rows += [row.at_layer(pp_rank * per_stage + local, local) for row in LAYER]
-    if pp_rank == pp_size - 1:
+    """The rows of one stage of an even pipeline: `num_layers / pp_size` consecutive layers, numbered from 0."""
+    return chunk_rows(config, Layout(1, pp_size, (config.num_layers // pp_size,) * pp_size), pp_rank)
+
+
+def chunk_rows(config: ModelConfig, layout: Layout, chunk: int) -> list[Row]:
+    """The rows of one chunk of a pipeline's layers, numbered from 0 in every chunk."""
+    rows = [EMBEDDING] if chunk == 0 else []
+    for local, layer in enumerate(layout.layers(chunk)):
+        rows += [row.at_layer(layer, local) for row in LAYER]
+    if chunk == layout.num_chunks - 1:
         rows += FINAL_NORM
         if not config.tie_word_embeddings:
             rows.append(UNTIED_HEAD)
-        elif pp_size > 1:
+        elif layout.pipeline_parallel > 1:
             rows.append(TIED_HEAD)
     return rows
 
 
-def logical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every logical tensor; the copy of the embedding under a tied head is not one."""
-    return {name: _logical_shape(row, config) for row in stage_rows(config) for name in row.hf}
+@lru_cache(maxsize=8)
+def logical_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+    """Name and shape of every logical tensor, unpadded; the copy of the embedding under a tied head is not one."""
+    own = config.unpadded
+    return MappingProxyType({name: _logical_shape(row, own) for row in stage_rows(config) for name in row.hf})
 
 
 def _logical_shape(row: Row, config: ModelConfig) -> tuple[int, ...]:
@@ -166,9 +175,9 @@ def megatron_shape(row: Row, config: ModelConfig, tp_size: int = 1) -> tuple[int
     return tuple(shape)
 
 
-def megatron_dtype(row: Row, source: WeightSource) -> torch.dtype:
+def megatron_dtype(row: Row, dtypes: DTypes) -> torch.dtype:
     """Dtype of a row's tensor. Raises InputError when its parts are stored in different ones."""
-    first, *others = (source.dtype(name) for name in row.hf)
+    first, *others = (dtypes[name] for name in row.hf)
     if any(other != first for other in others):
         raise InputError(
             f"{' and '.join(row.hf)} have different dtypes, but become one tensor: choose one with --dtype"
@@ -177,7 +186,8 @@ def megatron_dtype(row: Row, source: WeightSource) -> torch.dtype:
 
 
 def to_full(row: Row, parts: Sequence[Tensor], config: ModelConfig) -> Tensor:
-    """Logical tensors to the full megatron-core tensor. `t()` leaves biases as they are."""
+    """Logical tensors to the full megatron-core tensor, padded with zeros where the model is. `t()` leaves biases."""
+    parts = [_pad(part, _logical_shape(row, config)) for part in parts]
     if row.kind == "plain":
         return parts[0]
     if row.kind == "gated":
@@ -188,14 +198,12 @@ def to_full(row: Row, parts: Sequence[Tensor], config: ModelConfig) -> Tensor:
     return full.contiguous()
 
 
-def to_logical(row: Row, full: Tensor, config: ModelConfig) -> list[Tensor]:
-    """The inverse of `to_full`; every tensor in memory of its own."""
-    if row.kind == "qkv":
-        full = _swap_outer(full, config.num_attention_heads, 3)
-    parts = full.chunk(2) if row.kind == "gated" else (full,)
-    if row.kind != "plain":
-        parts = tuple(part.t() for part in parts)
-    return [part.clone(memory_format=torch.contiguous_format) for part in parts]
+def _pad(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if tuple(tensor.shape) == shape:
+        return tensor
+    padded = tensor.new_zeros(shape)
+    padded[tuple(slice(size) for size in tensor.shape)] = tensor
+    return padded
 
 
 def _swap_outer(full: Tensor, outer: int, inner: int) -> Tensor:
@@ -215,15 +223,6 @@ def shard(row: Row, full: Tensor, tp_rank: int, tp_size: int) -> Tensor:
     else:
         piece = full.chunk(tp_size, row.split)[tp_rank]
     return piece.clone(memory_format=torch.contiguous_format)
-
-
-def unshard(row: Row, shards: Sequence[Tensor]) -> Tensor:
-    """The inverse of `shard`: the full tensor from every tensor-parallel rank's piece (any one, where not split)."""
-    if row.split is None or len(shards) == 1:
-        return shards[0]
-    if row.kind == "gated":
-        return torch.cat([piece.unflatten(0, (2, -1)) for piece in shards], 1).flatten(0, 1)
-    return torch.cat(list(shards), row.split)
 
 
 def rank_tensor(source: WeightSource, row: Row, config: ModelConfig, tp_rank: int, tp_size: int) -> Tensor:
@@ -247,34 +246,3 @@ def rank_state_dict(
     """What this rank's `GPTModel.load_state_dict(strict=True)` takes."""
     layout = {"tp_rank": tp_rank, "tp_size": tp_size, "pp_rank": pp_rank, "pp_size": pp_size}
     return {row.mcore: tensor for row, tensor in rank_tensors(source, config, **layout)}
-
-
-class MegatronWeights(ABC):
-    """Logical tensors out of a Megatron checkpoint: the subclass knows where full tensors are, the table the rest."""
-
-    def __init__(self, config: ModelConfig, pp_size: int = 1) -> None:
-        self.config = config
-        # The tied head's copy comes last and must not hide the embedding.
-        self._rows: dict[str, tuple[Row, int]] = {}
-        for pp_rank in range(pp_size):
-            for row in stage_rows(config, pp_rank, pp_size):
-                for name in row.hf:
-                    self._rows.setdefault(name, (row, pp_rank))
-
-    @abstractmethod
-    def read_full(self, row: Row, pp_rank: int) -> Tensor:
-        """The full tensor of a row of one pipeline stage."""
-
-    @abstractmethod
-    def full_dtype(self, row: Row, pp_rank: int) -> torch.dtype:
-        """Its dtype, without reading it."""
-
-    def names(self) -> Iterable[str]:
-        return logical_shapes(self.config)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.full_dtype(*self._rows[name])
-
-    def read(self, name: str) -> Tensor:
-        row, pp_rank = self._rows[name]
-        return to_logical(row, self.read_full(row, pp_rank), self.config)[row.hf.index(name)]

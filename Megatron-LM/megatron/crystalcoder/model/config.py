@@ -5,7 +5,7 @@ Shape letters used in the whole room: s sequence, b micro-batch, h hidden, n hea
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from data_prep.errors import InputError
@@ -34,7 +34,11 @@ class MuP:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and constants of one CrystalCoder. Defaults that are not sizes are the 7B model's."""
+    """Sizes and constants of one CrystalCoder. Defaults that are not sizes are the 7B model's.
+
+    unpadded_vocab_size, unpadded_ffn_hidden_size: the model's own sizes where `vocab_size` and `ffn_hidden_size` are
+    larger, padded with zeros so that tensor parallelism divides them; None where they are not.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -48,6 +52,8 @@ class ModelConfig:
     rotary_interleaved: bool = True
     tie_word_embeddings: bool = True
     mup: MuP = field(default_factory=MuP)
+    unpadded_vocab_size: int | None = None
+    unpadded_ffn_hidden_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
@@ -74,6 +80,25 @@ class ModelConfig:
     def softmax_scale(self) -> float:
         """Factor on q.k before the softmax."""
         return 1 / self.head_dim if self.mup.scale_qk_dot_by_d else self.head_dim**-0.5
+
+    @property
+    def unpadded(self) -> ModelConfig:
+        """The same model without padding: what Hugging Face checkpoints hold."""
+        return self.padded(
+            self.unpadded_vocab_size or self.vocab_size, self.unpadded_ffn_hidden_size or self.ffn_hidden_size
+        )
+
+    def padded(self, vocab_size: int, ffn_hidden_size: int) -> ModelConfig:
+        """The same model with these stored sizes, not smaller than its own."""
+        own_vocab = self.unpadded_vocab_size or self.vocab_size
+        own_ffn = self.unpadded_ffn_hidden_size or self.ffn_hidden_size
+        return replace(
+            self,
+            vocab_size=vocab_size,
+            ffn_hidden_size=ffn_hidden_size,
+            unpadded_vocab_size=own_vocab if own_vocab != vocab_size else None,
+            unpadded_ffn_hidden_size=own_ffn if own_ffn != ffn_hidden_size else None,
+        )
 
     @property
     def num_parameters(self) -> int:
