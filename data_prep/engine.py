@@ -39,6 +39,13 @@ class Task(NamedTuple):
 Work = Callable[[Any], Record]
 
 
+class Stage(NamedTuple):
+    """Tasks that do not depend on each other, and the importable function that does one."""
+
+    tasks: Sequence[Task]
+    work: Work
+
+
 def run_step(
     step: str,
     out: Path,
@@ -46,6 +53,7 @@ def run_step(
     work: Work,
     *,
     settings: dict[str, Any],
+    before: Stage | None = None,
     processes: int = 1,
     overwrite: bool = False,
     progress: bool = True,
@@ -54,6 +62,7 @@ def run_step(
 
     Args:
         work: importable function; it returns what it counted (a `Record`).
+        before: what must be done before the first of `tasks`; its files go to `out / TASKS` and vanish at the end.
         settings: all that decides the output, JSON-able: options, inputs with sizes, tokenizer. A finished folder with
             the same settings is left as it is; a half-done one is completed.
         overwrite: delete what `out` holds from other settings.
@@ -71,23 +80,26 @@ def run_step(
         return manifest
     _claim(out, fingerprint, overwrite=overwrite)
     folder = out / TASKS
-    for task in tasks:
+    stages = [*([before] if before else []), Stage(tasks, work)]
+    everything = [task for stage in stages for task in stage.tasks]
+    for task in everything:
         (folder / task.name).parent.mkdir(parents=True, exist_ok=True)
-    to_do = [task for task in tasks if not (folder / f"{task.name}.json").exists()]
-    if len(to_do) < len(tasks):
-        print(f"{out}: {len(tasks) - len(to_do)} of {len(tasks)} tasks are done, going on", file=sys.stderr)
-    num_done = len(tasks) - len(to_do)
+    num_done = sum((folder / f"{task.name}.json").exists() for task in everything)
+    if num_done:
+        print(f"{out}: {num_done} of {len(everything)} tasks are done, going on", file=sys.stderr)
     try:
-        with _bar(step, len(to_do), shown=progress) as advance:
-            for task, record in _results(work, to_do, processes):
-                _write_json(folder / f"{task.name}.json", record)
-                num_done += 1
-                advance()
+        with _bar(step, len(everything) - num_done, shown=progress) as advance:
+            for stage in stages:
+                to_do = [task for task in stage.tasks if not (folder / f"{task.name}.json").exists()]
+                for task, record in _results(stage.work, to_do, processes):
+                    _write_json(folder / f"{task.name}.json", record)
+                    num_done += 1
+                    advance()
     except InputError:
         if not num_done:
             _leave(out)
         raise
-    records = [json.loads((folder / f"{task.name}.json").read_bytes()) for task in tasks]
+    records = [json.loads((folder / f"{task.name}.json").read_bytes()) for task in everything]
     manifest = write_manifest(step, out, fingerprint, settings, records)
     shutil.rmtree(folder)
     return manifest

@@ -11,7 +11,6 @@ from data_prep.engine import Task, run_step
 from data_prep.errors import InputError
 from data_prep.fim import FimSettings, RowFim
 from data_prep.manifest import Record, input_identity, record
-from data_prep.provenance import Span
 from data_prep.reference_fim import ReferenceFimTask, fim_file_like_reference
 from data_prep.sequences import SequenceFile, SequenceWriter, sequence_files
 from data_prep.tokenizer import load_tokenizer_once
@@ -95,21 +94,18 @@ def fim_files(
     return run_step("fim", out, tasks, work, settings=identity, processes=processes, overwrite=overwrite)
 
 
-def _spans(source: SequenceFile, number: int) -> list[list[Span]] | None:
-    spans = source.spans(number)
-    return None if spans is None else [spans]
-
-
 def fim_file(task: FimTask) -> Record:
     """Do one file in one epoch: what the engine's processes run."""
     transform = RowFim(load_tokenizer_once(task.tokenizer), task.settings)
     with SequenceFile(task.source) as source, SequenceWriter(task.target, source.max_seq_length) as target:
+        spans = source.span_table()
+        if spans:
+            target.write_compressed([], spans)
         if task.settings.rate == 0:
-            for number in range(len(source)):
-                target.write_compressed([source.read_compressed(number)], _spans(source, number))
+            target.write_compressed(source.compressed())
         else:
             for number, row in enumerate(source.rows()):
-                target.write(transform(row, task.epoch, task.name, number)[None], _spans(source, number))
+                target.write(transform(row, task.epoch, task.name, number)[None])
     counts = dict(transform.counts) | {"sequences": target.num_rows}
     output = Path(task.target).relative_to(task.out).as_posix()
     return record(inputs=[task.source], outputs={output: target.summary}, counts=counts)

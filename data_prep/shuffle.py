@@ -1,75 +1,52 @@
 """The step shuffle: all sequences of many files in one random order, cut into OUT/data-00000.h5, data-00001.h5, …
 
-Any sequence may land anywhere: the order is one permutation of all n sequences, computed position by position (a
-Feistel network whose rounds are keyed by the seed, after Black and Rogaway 2002), so it needs no memory and any process
-can work out any part of it. Output file f holds positions [f n / F, (f + 1) n / F). The compressed chunks are moved as
-they are.
+Any sequence may land anywhere: the order is one permutation of all n sequences that needs no memory (permutation.py).
+Output file f holds places [f n / F, (f + 1) n / F). Compressed rows are moved as they are, in two passes over the data
+that both read and write in long pieces, so that neither a disk that seeks nor a network file system slows them down:
+stretches of the inputs are read once and put down ordered by destination (spill.py), then each output file collects its
+pieces. While the step runs, --out takes twice the room of its data.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.engine import Task, run_step
+from data_prep.engine import TASKS, Stage, Task, run_step
 from data_prep.errors import InputError
 from data_prep.manifest import Record, input_identity, record
-from data_prep.provenance import Span
+from data_prep.permutation import Permutation
+from data_prep.provenance import SpanTable
 from data_prep.sequences import SequenceFile, SequenceWriter, sequence_files
+from data_prep.spill import Spill, write_spill
 
-ROUNDS = 8
-# Chunks held at a time while an output file is put in order.
-BLOCK_BYTES = 256 << 20
-OPEN_FILES = 64
-
-
-class Permutation:
-    """A random permutation of 0 … n - 1, computable at any position without a table.
-
-    A Feistel network permutes 2^(2k) ≥ n numbers; one that lands at n or beyond is sent through again until it does not
-    (at most four times on average), which leaves a permutation of the first n.
-    """
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size = size
-        self._half_bits = np.uint64(max(1, (max(size - 1, 1).bit_length() + 1) // 2))
-        self._mask = np.uint64((1 << int(self._half_bits)) - 1)
-        digest = hashlib.blake2b(f"{seed}/{size}".encode(), digest_size=ROUNDS * 8).digest()
-        self._keys = np.frombuffer(digest, "<u8")
-
-    def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """What stands at `positions`, int (m,) -> int64 (m,)."""
-        values = self._network(positions.astype(np.uint64))
-        while len(outside := np.flatnonzero(values >= self.size)):
-            values[outside] = self._network(values[outside])
-        return values.astype(np.int64)
-
-    def _network(self, values: np.ndarray) -> np.ndarray:
-        left, right = values >> self._half_bits, values & self._mask
-        for key in self._keys:
-            left, right = right, left ^ (_mix(right + key) & self._mask)
-        return (left << self._half_bits) | right
+# About so many bytes of compressed rows are held at a time, in either pass.
+BLOCK_BYTES = 192 << 20
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser: every output bit depends on every input bit (Steele et al. 2014)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+class SpillTask(NamedTuple):
+    """Some inputs' rows, `start` up to `stop` in the count over all inputs, to one spill file."""
+
+    sources: tuple[str, ...]
+    first: int  # number of the first source's first row in the count over all inputs
+    start: int
+    stop: int
+    size: int  # rows of all inputs
+    seed: int
+    target: str
 
 
 class ShuffleTask(NamedTuple):
-    """One output file: positions start … stop - 1 of the permutation over the rows of all sources."""
+    """One output file: places start … stop - 1, collected from all spill files in pieces of `block` places."""
 
-    sources: tuple[str, ...]
-    ends: tuple[int, ...]  # running total of the sources' rows
-    seed: int
+    spills: tuple[str, ...]
     start: int
     stop: int
+    block: int
+    max_seq_length: int
     target: str
 
 
@@ -106,70 +83,74 @@ def shuffle(
     total = sum(sizes)
     if not 1 <= files <= total:
         raise InputError(f"--files {files}: there are {total} sequences, so 1 to {total} files are possible")
-    bounds = [number * total // files for number in range(files + 1)]
-    ends = tuple(int(end) for end in np.cumsum(sizes))
-    names = tuple(map(str, sources))
+    row_bytes = max(1, sum(path.stat().st_size for path in sources) // total)
+    block = max(1, BLOCK_BYTES // row_bytes)
+    spill_tasks = list(_spill_tasks(sources, sizes, block, seed, out / TASKS))
+    spills = tuple(task.target for task in spill_tasks)
     tasks = []
     for number in range(files):
+        start, stop = number * total // files, (number + 1) * total // files
         target = str(out / f"data-{number:05d}.h5")
-        task = ShuffleTask(names, ends, seed, bounds[number], bounds[number + 1], target)
-        tasks.append(Task(f"data-{number:05d}", task))
+        tasks.append(Task(f"data-{number:05d}", ShuffleTask(spills, start, stop, block, next(iter(lengths)), target)))
     settings = {"files": files, "seed": seed, "inputs": [input_identity(path) for path in sources]}
-    return run_step("shuffle", out, tasks, shuffle_file, settings=settings, processes=processes, overwrite=overwrite)
+    return run_step(
+        "shuffle",
+        out,
+        tasks,
+        shuffle_file,
+        before=Stage([Task(f"spill-{number:05d}", task) for number, task in enumerate(spill_tasks)], spill_rows),
+        settings=settings,
+        processes=processes,
+        overwrite=overwrite,
+    )
+
+
+def _spill_tasks(
+    sources: Sequence[Path], sizes: Sequence[int], block: int, seed: int, folder: Path
+) -> Iterator[SpillTask]:
+    """Stretches of at most `block` rows, each with the sources that it lies in."""
+    ends = np.cumsum(sizes)
+    total = int(ends[-1])
+    count = -(-total // block)
+    for number in range(count):
+        start, stop = number * total // count, (number + 1) * total // count
+        low, high = int(np.searchsorted(ends, start, side="right")), int(np.searchsorted(ends, stop, side="left"))
+        names = tuple(map(str, sources[low : high + 1]))
+        first = int(ends[low]) - sizes[low]
+        yield SpillTask(names, first, start, stop, total, seed, str(folder / f"spill-{number:05d}.rows"))
+
+
+def spill_rows(task: SpillTask) -> Record:
+    """Put one stretch of the inputs down by destination: what the engine's processes run first."""
+    destinations = Permutation(task.size, task.seed)(np.arange(task.start, task.stop))
+    chunks: list[bytes] = []
+    tables: list[SpanTable | None] = []
+    first = task.first
+    for source in task.sources:
+        with SequenceFile(source) as file:
+            start, stop = max(task.start - first, 0), min(task.stop - first, len(file))
+            chunks += file.compressed(start, stop)
+            if start < stop:  # a file without rows says nothing
+                table = file.span_table()
+                tables.append(table.take(np.arange(start, stop)) if table else None)
+            first += len(file)
+    known = [table for table in tables if table]
+    write_spill(Path(task.target), destinations, chunks, SpanTable.join(known) if len(known) == len(tables) else None)
+    return record()
 
 
 def shuffle_file(task: ShuffleTask) -> Record:
-    """Write one output file: what the engine's processes run."""
-    permutation = Permutation(task.ends[-1], task.seed)
-    reader = _Chunks(task.sources, task.ends)
-    with SequenceWriter(task.target, reader.max_seq_length) as writer:
-        for block in reader.blocks(task.start, task.stop):
-            writer.write_compressed(*reader.read(permutation(block)))
-    reader.close()
+    """Collect one output file: what the engine's processes run then."""
+    spills = [Spill(Path(path)) for path in task.spills]
+    with SequenceWriter(task.target, task.max_seq_length) as writer:
+        for start in range(task.start, task.stop, task.block):
+            stop = min(start + task.block, task.stop)
+            pieces = [spill.read(start, stop) for spill in spills]
+            destinations = np.concatenate([piece.destinations for piece in pieces])
+            chunks = [chunk for piece in pieces for chunk in piece.chunks]
+            order = np.argsort(destinations)
+            known = [piece.spans for piece in pieces if piece.spans]
+            # Spans are kept for all rows of a file or for none.
+            spans = SpanTable.join(known).take(order) if len(known) == len(pieces) else None
+            writer.write_compressed(map(chunks.__getitem__, order.tolist()), spans)
     return record(outputs={Path(task.target).name: writer.summary}, counts={"sequences": writer.num_rows})
-
-
-class _Chunks:
-    """Compressed chunks by their number over all sources, read in the order in which they lie on disk."""
-
-    def __init__(self, sources: Sequence[str], ends: Sequence[int]) -> None:
-        self._sources = sources
-        self._ends = np.array(ends)
-        self._open: dict[int, SequenceFile] = {}
-        self.max_seq_length = self._file(0).max_seq_length
-
-    def _file(self, number: int) -> SequenceFile:
-        if number not in self._open:
-            if len(self._open) >= OPEN_FILES:
-                self._open.pop(next(iter(self._open))).close()
-            self._open[number] = SequenceFile(self._sources[number])
-        return self._open[number]
-
-    def blocks(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        """The positions start … stop - 1 in blocks whose chunks fit into BLOCK_BYTES even uncompressed."""
-        step = max(1, BLOCK_BYTES // (12 * self.max_seq_length))
-        for first in range(start, stop, step):
-            yield np.arange(first, min(first + step, stop))
-
-    def read(self, numbers: np.ndarray) -> tuple[list[bytes], list[list[Span]] | None]:
-        """The chunks of these numbers, in this order, and their spans if all of them have some."""
-        chunks: list[bytes] = [b""] * len(numbers)
-        spans: list[list[Span]] = [[]] * len(numbers)
-        all_known = True
-        files = np.searchsorted(self._ends, numbers, side="right")
-        starts = np.concatenate([[0], self._ends[:-1]])
-        rows = numbers - starts[files]
-        for place in np.argsort(numbers, kind="stable").tolist():
-            file, row = self._file(int(files[place])), int(rows[place])
-            chunks[place] = file.read_compressed(row)
-            known = file.spans(row) if all_known else None
-            if known is None:
-                all_known = False
-            else:
-                spans[place] = known
-        return chunks, spans if all_known else None
-
-    def close(self) -> None:
-        """Let go of all files."""
-        for file in self._open.values():
-            file.close()

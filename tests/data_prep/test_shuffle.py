@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import InputError
+from data_prep.permutation import Permutation
+from data_prep.provenance import Span
 from data_prep.sequences import SequenceFile, SequenceWriter, sequence_files
-from data_prep.shuffle import Permutation, shuffle
+from data_prep.shuffle import shuffle
 
 
 def write_files(folder: Path, sizes: list[int], length: int = 8) -> np.ndarray:
@@ -71,13 +73,32 @@ def test_every_sequence_once(tmp_path: Path) -> None:
     assert order_of(tmp_path / "d") == order
 
 
-def test_bounded_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_files(tmp_path / "in", [40, 40, 40])
+@pytest.mark.parametrize("block_bytes", [1, 3000, 20_000])
+def test_bounded_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int) -> None:
+    """One row at a time, some, and more than there are: the same rows, and the same documents with each of them.
+
+    Planted: spans left in the order of the spill files (no take(order)), and a source's whole table for a part of its
+    rows (no take(np.arange(start, stop))) -> other documents, both fail.
+    """
+    start = 0
+    for number, size in enumerate([40, 0, 30, 1, 40, 0]):
+        with SequenceWriter(tmp_path / f"in/examples_{number}_0.h5", 8) as writer:
+            for row in range(start, start + size):
+                spans = [Span(f"{number}.jsonl", row, at) for at in range(row % 3)]
+                writer.write(np.full((1, 3, 8), row, np.int32), [spans])
+        start += size
     shuffle([tmp_path / "in"], tmp_path / "a", files=2, seed=1)
-    monkeypatch.setattr("data_prep.shuffle.BLOCK_BYTES", 12 * 8 * 7)
-    monkeypatch.setattr("data_prep.shuffle.OPEN_FILES", 1)
+    monkeypatch.setattr("data_prep.shuffle.BLOCK_BYTES", block_bytes)
     shuffle([tmp_path / "in"], tmp_path / "b", files=2, seed=1)
+    assert not list((tmp_path / "b").glob(".*"))
     assert order_of(tmp_path / "a") == order_of(tmp_path / "b")
+    for folder in ("a", "b"):
+        for path in sequence_files(tmp_path / folder):
+            file = SequenceFile(path)
+            for number, row in enumerate(file.rows()):
+                found = int(row[0, 0])
+                source = 0 if found < 40 else 2 if found < 70 else 3 if found < 71 else 4
+                assert file.spans(number) == [Span(f"{source}.jsonl", found, at) for at in range(found % 3)]
 
 
 def test_refusals(tmp_path: Path) -> None:
