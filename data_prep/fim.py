@@ -143,23 +143,24 @@ class RowFim:
             plain = text[: len(text) - len(ending)]
             self.counts["texts"] += len(plain) > 0
             draws = Draws.of(self.settings.seed, *key, number)
+            num_fitting = 0
             if draws.whether < self.settings.rate and self._has_text(plain):
                 if not len(ending) and is_full:
                     plain = plain[:-1]  # its last token is the first of the next sequence, where it is counted
                 part, num_fitting = self._fit(plain, draws, room - len(ending))
-                self.counts["texts_transformed"] += 1
-                self.counts["tokens_dropped"] += len(plain) - num_fitting
-                if num_fitting < len(plain):
-                    ending = ending[:0]
-                parts += [part, ending]
-                room -= len(part) + len(ending)
-                if num_fitting < len(plain):
-                    self.counts["tokens_dropped"] += sum(map(len, texts[number + 1 :]))
-                    break
-            else:
+            if not num_fitting:  # not chosen, or there is no room for any of it with its marks
                 parts.append(text[:room])
                 self.counts["tokens_dropped"] += len(text) - len(parts[-1])
                 room -= len(parts[-1])
+                continue
+            self.counts["texts_transformed"] += 1
+            self.counts["tokens_dropped"] += len(plain) - num_fitting
+            if num_fitting < len(plain):
+                parts.append(part)
+                self.counts["tokens_dropped"] += sum(map(len, texts[number + 1 :]))
+                break
+            parts += [part, ending]
+            room -= len(part) + len(ending)
         return padded_row(np.concatenate(parts), length, self.tokenizer.fim_ids.pad)
 
     def _check(self, stream: np.ndarray, key: Sequence[str | int]) -> None:

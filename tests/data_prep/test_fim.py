@@ -96,6 +96,21 @@ def test_row_parts_are_what_the_tokenizer_gives(tokenizer: Tokenizer, text: str,
     assert list(stream_of(row)) == [tokenizer.bos_id, *expected, tokenizer.eos_id]
 
 
+def test_a_text_without_room_for_marks_stays(tokenizer: Tokenizer) -> None:
+    """A text that no cut of fits with its marks is left as it is.
+
+    Planted: the empty transform taken instead -> an empty row, fails.
+    """
+    ids = [tokenizer.bos_id, *tokenizer.encode("🙂" * 40)]
+    for length in (2, 3, 4, 5):
+        row = Packer(length, tokenizer.eos_id).add(np.array(ids, np.int32))[0]
+        for seed in range(40):
+            result = RowFim(tokenizer, FimSettings(1.0, 0.5, seed))(row, 0, "a.h5", 0)
+            assert result[1].any()
+            stream = stream_of(result).tolist()
+            assert stream == ids[: length + 1] or tokenizer.fim_ids.middle in stream
+
+
 def test_chances() -> None:
     draws = np.array([Draws.of(1, 0, "a.h5", n, 0) for n in range(4000)])
     assert ((draws >= 0) & (draws < 1)).all()

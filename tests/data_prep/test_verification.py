@@ -59,7 +59,7 @@ def odd_mask(rows: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (shifted, "data-00000.h5: row 3: position 0: label"),
+        (shifted, "data-00000.h5: row 3: position "),
         (negative, "data-00000.h5: row 2: ids from -1"),
         (odd_mask, "data-00000.h5: row 1: loss mask holds 2"),
         (lambda rows: rows[:-1], "data-00000.h5: has rows 19, not 20 as stated"),
