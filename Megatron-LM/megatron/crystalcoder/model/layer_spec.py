@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,6 +11,16 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron.crystalcoder.model.attention import CausalAttention
+from megatron.crystalcoder.model.fusions import Speed
+from megatron.crystalcoder.model.kernels.linear import ColumnLinear, RowLinear
+from megatron.crystalcoder.model.layer import FusedLayer
+
+
+@dataclass
+class CoreConfig(TransformerConfig):
+    """megatron-core's configuration, and how the layers carry it out."""
+
+    speed: Speed = field(default_factory=Speed)
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -21,10 +32,16 @@ class LayerNorm(torch.nn.LayerNorm):
             setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010 - not a declared attribute
 
 
-def crystalcoder_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+def crystalcoder_block_spec(config: CoreConfig) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and the final norm."""
     layer = get_gpt_layer_local_spec()
     layer.submodules.input_layernorm = LayerNorm
     layer.submodules.pre_mlp_layernorm = LayerNorm
-    layer.submodules.self_attention.submodules.core_attention = CausalAttention
+    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+    attention.core_attention = CausalAttention
+    if config.speed.fusions & {"norm", "swiglu", "rotary", "wgrad"}:
+        layer.module = FusedLayer
+    if "wgrad" in config.speed.fusions:
+        attention.linear_qkv = mlp.linear_fc1 = ColumnLinear
+        attention.linear_proj = mlp.linear_fc2 = RowLinear
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=LayerNorm)

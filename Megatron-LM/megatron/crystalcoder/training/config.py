@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron.crystalcoder.model.config import ModelConfig, ParallelConfig
+from megatron.crystalcoder.model.fusions import Speed
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class TrainConfig:
     global_batch_size: int
     seq_length: int
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    speed: Speed = field(default_factory=Speed)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     bf16: bool = False
     # token: every unmasked token of the global batch weighs the same. micro_batch: mean over micro-batches of their

@@ -17,6 +17,7 @@ from megatron.crystalcoder.checkpoint.open import Checkpoint, open_checkpoint
 from megatron.crystalcoder.model.config import ModelConfig, MuP, ParallelConfig
 from megatron.crystalcoder.training.config import DataSettings, OptimizerSettings, TrainConfig, WarmupDecay
 from megatron.crystalcoder.training.resume import has_checkpoint, is_run
+from megatron.crystalcoder.training.speed_flags import add_speed_arguments, speed_settings
 
 # Flags that the reference's launch script passes and that change nothing here, with the reason.
 _WITHOUT_EFFECT: dict[str, str] = {
@@ -70,6 +71,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     return TrainConfig(
         model=model,
         parallel=parallel,
+        speed=speed_settings(flags),
         data=DataSettings(
             paths=tuple(flags.data_path),
             order=flags.dataloader_type,
@@ -131,6 +133,7 @@ def parser() -> argparse.ArgumentParser:
     _add_batch(top.add_argument_group("batch and data"))
     _add_optimizer(top.add_argument_group("optimizer, schedule, loss"))
     _add_parallel(top.add_argument_group("layout over ranks"))
+    add_speed_arguments(top.add_argument_group("speed and memory, the result being the same"))
     _add_checkpoint(top.add_argument_group("checkpoints"))
     _add_logging(top.add_argument_group("evaluation and logging"))
     ignored = top.add_argument_group("accepted, without effect", "the reference's launch script passes them")

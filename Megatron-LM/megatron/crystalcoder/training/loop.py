@@ -145,7 +145,8 @@ def _rank_of_order(config: TrainConfig) -> dict[str, int]:
 def build(config: TrainConfig, start: Start) -> tuple[DistributedDataParallel, MegatronOptimizer]:
     """This rank's model with its weights, wrapped for data parallelism, and its optimizer, ready to go on."""
     parallel = config.parallel
-    stage = build_model(config.model, parallel, dtype=torch.bfloat16 if config.bf16 else torch.float32)
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    stage = build_model(config.model, parallel, dtype=dtype, speed=config.speed)
     load_weights(stage, start.weights, config.model, parallel)
     # Weights first: wrapping moves them into flat buffers, and the optimizer takes its fp32 copies from those.
     model = DistributedDataParallel(

@@ -2,16 +2,15 @@
 
 Shape letters: s sequence, b micro-batch, h hidden, f ffn, n heads, v vocab, t tensor-parallel ranks; e bytes per
 element (2 in bf16, 4 in fp32). The activations are those of Korthikanti et al. 2022, "Reducing Activation Recomputation
-in Large Transformer Models", section 4, redone for this model: `scaled_dot_product_attention` keeps no s x s scores,
-SwiGLU has two input branches, and without dropout there are no masks. Kept per token of a layer for its backward pass:
+in Large Transformer Models", section 4, redone for this model with all fusions on: attention keeps no s x s scores,
+rotary turns q and k in place, SwiGLU keeps its input alone, and without dropout there are no masks. Kept per token of a
+layer for its backward pass:
 
     e * (4h       each LayerNorm's input and output (/ t with sequence parallelism)
-       + 6h / t   q and k after rotary, the projection that they and v are views of (3h), the attention's output
-       + 5f / t)  both branches with their bias (2f), the linear one, silu of the gate, their product
+       + 4h / t   the projection that q, k and v are views of (3h), the attention's output
+       + 3f / t)  both branches with their bias (2f), their product
     + 4n / t      the softmax's log-sum-exp, fp32
     + 16          both LayerNorms' mean and 1/std, fp32 (/ t with sequence parallelism)
-
-and per layer 4 * s * rotary_dim * e for the cosines and sines of q and k.
 """
 
 from __future__ import annotations
@@ -20,6 +19,9 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from megatron.crystalcoder.model.config import ModelConfig
+
+# Tokens whose logits the loss works on at a time on a GPU.
+LOSS_CHUNK = 2048
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -45,8 +47,9 @@ class Layout:
 class RankMemory:
     """Bytes on one rank, by what they are for.
 
-    optimizer: fp32 main weights (bf16 runs only) and Adam's two moments. logits: the fp32 softmax that the loss keeps,
-    and as much again for the logits and their gradient. workspace: what lives only inside one layer's backward pass.
+    optimizer: fp32 main weights (bf16 runs only) and Adam's two moments. logits: those that the loss keeps in the
+    model's precision (none with full recomputation), one chunk of them and that chunk's gradient. workspace: what lives
+    only inside one layer's backward pass.
     """
 
     weights: int
@@ -102,17 +105,18 @@ def rank_memory(
     if first:
         held += tokens * 8  # the token numbers, for the embedding's gradient
     if last:
-        # The final norm's input, output and statistics; the labels, and which of them are this rank's.
-        held += (2 * h * element + 8) * tokens // (t if layout.sequence_parallel else 1) + tokens * 9
+        # The final norm's input and statistics, its output from all ranks, and of each token the label and log-sum-exp.
+        held += (h * element + 8) * tokens // (t if layout.sequence_parallel else 1) + (h * element + 12) * tokens
 
-    swiglu_gradients = 5 * f * tokens // t * element + 2 * h * tokens * element
+    kept_logits = 0 if layout.recompute == "full" else tokens
+    swiglu_gradients = 3 * f * tokens // t * element + 2 * h * tokens * element
     gathered = h * tokens * element if layout.sequence_parallel else 0
     return RankMemory(
         weights=parameters * element,
         gradients=parameters * 4,
         optimizer=-(-parameters * (12 if bf16 else 8) // (layout.dp if layout.distributed_optimizer else 1)),
         activations=in_flight * held + recomputed,
-        logits=8 * v // t * tokens if last else 0,
+        logits=v // t * element * (kept_logits + 2 * min(tokens, LOSS_CHUNK)) if last else 0,
         workspace=swiglu_gradients + gathered,
     )
 
@@ -130,10 +134,9 @@ def layer_activations(model: ModelConfig, layout: Layout, *, seq_length: int, bf
     log_sum_exp = 4 * n * tokens // t
     everything = (
         4 * h * tokens // sequence_split * element
-        + (6 * h + 5 * f) * tokens // t * element
+        + (4 * h + 3 * f) * tokens // t * element
         + log_sum_exp
         + 16 * tokens // sequence_split
-        + 4 * seq_length * model.rotary_dim * element
     )
     if layout.recompute == "selective":
         return everything - log_sum_exp, log_sum_exp + h * tokens // t * element

@@ -22,6 +22,7 @@ from megatron.crystalcoder.data.reference_order import ReferenceOrder
 from megatron.crystalcoder.model.config import ParallelConfig
 from megatron.crystalcoder.training.config import TrainConfig
 from megatron.crystalcoder.training.params import Params, ReferenceCompat, load_params
+from megatron.crystalcoder.training.speed_flags import add_speed_arguments, speed_settings
 
 
 class _Parser(argparse.ArgumentParser):
@@ -69,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     reference.add_argument("--reference-adam", action="store_true", help="Adam's eps added before bias correction")
     reference.add_argument("--reference-init", action="store_true", help="the gate's bias drawn uniformly, not 0")
     top.add_argument("--nproc", type=int, help="ranks to start on this machine; default: --tp x --pp")
+    add_speed_arguments(top.add_argument_group("speed and memory, the result being the same"))
     top.add_argument("overrides", nargs="*", metavar="key.path=value", help="put in place of the file's values")
     return top
 
@@ -95,7 +97,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Params]:
 def train_config(options: argparse.Namespace, params: Params, world_size: int) -> TrainConfig:
     """The run of `world_size` ranks that arguments and file describe."""
     model_parallel = options.tp * options.pp
-    return params.train_config(
+    config = params.train_config(
         parallel=ParallelConfig(
             tensor_model_parallel_size=options.tp,
             pipeline_model_parallel_size=options.pp,
@@ -110,6 +112,7 @@ def train_config(options: argparse.Namespace, params: Params, world_size: int) -
         checkpoint_path=options.checkpoint_path,
         data_root=options.data_root,
     )
+    return replace(config, speed=speed_settings(options))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
