@@ -71,6 +71,7 @@ def convert(
     verify: Annotated[
         bool, typer.Option("--verify/--skip-verify", help="read the result back and compare every tensor")
     ] = True,
+    logits: Annotated[bool, typer.Option(help="with --verify, also compare logits on two prompts")] = True,
     workers: Annotated[int | None, typer.Option(min=1, help="threads [default: one a core, 4 at most]")] = None,
     max_queue_size: Annotated[int, typer.Option(min=1, help="most tensors in work at a time")] = 50,
 ) -> None:
@@ -107,6 +108,7 @@ def convert(
         hf_config=resolve_hf_config_path(hf_config) if hf_config else None,
         overwrite=overwrite,
         verify=verify,
+        logits=logits,
         workers=workers,
         max_queue_size=max_queue_size,
     )

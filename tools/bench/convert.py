@@ -131,7 +131,7 @@ class _Bench:
             copied = min(copied, time.perf_counter() - start)
             shutil.rmtree(self._copy)
             shutil.rmtree(target, ignore_errors=True)
-            options = {"format": format, "workers": workers, "verify": verify, **layout}
+            options = {"format": format, "workers": workers, "verify": verify, "logits": False, **layout}
             once = [
                 sys.executable,
                 "-m",

@@ -21,6 +21,7 @@ from megatron.crystalcoder.checkpoint.directory import (
 from megatron.crystalcoder.checkpoint.hf_config import from_hf, hf_values, packaged_directory, read_json
 from megatron.crystalcoder.checkpoint.hf_writer import TOKENIZER_FILES, lay_out_hf, write_code, write_companions
 from megatron.crystalcoder.checkpoint.layout import Layout, layout_args, make_layout
+from megatron.crystalcoder.checkpoint.logits import NUM_PROMPTS, compare_logits, refuse_other_logits
 from megatron.crystalcoder.checkpoint.megatron_args import to_args
 from megatron.crystalcoder.checkpoint.open import Checkpoint, open_checkpoint
 from megatron.crystalcoder.checkpoint.progress import progress_bar
@@ -52,6 +53,7 @@ def convert(
     hf_config: Path | None = None,
     overwrite: bool = False,
     verify: bool = True,
+    logits: bool = True,
     workers: int | None = None,
     max_queue_size: int = MAX_QUEUE_SIZE,
     report: Callable[[str], None] = print,
@@ -65,7 +67,8 @@ def convert(
     true_vocab_size: the vocabulary without the padding that another writer gave it.
     dtype: cast to it; None keeps what is stored. release: written as Megatron's `release`, without an iteration.
     hf_config: see `settle_config`. verify: read every tensor back and compare it bit for bit, before the target gets
-    its name. workers: threads. max_queue_size: most tensors in work at a time.
+    its name. logits: then compare both sides' logits too (without `verify`, neither is done). workers: threads.
+    max_queue_size: most tensors in work at a time.
     Memory: about two of the largest tensors for each worker, whatever the model's size. Raises InputError and leaves
     nothing behind. A conversion that is killed goes on where it was when it is started again.
     """
@@ -106,9 +109,15 @@ def convert(
         written = open_checkpoint(partial.path)
         if written.config != config:
             raise RuntimeError(f"{target}: the configuration was not written as it was read")
+        if verify and logits:
+            difference = compare_logits(checkpoint, written, config.unpadded)
+            is_cast = any(dtypes[name] != entry.dtype for name, entry in stored.items())
+            refuse_other_logits(difference, is_cast=is_cast, where=target)
     checked = ", every tensor read back and equal" if verify else ""
     stored_dtype = str(dtypes["transformer.wte.weight"]).removeprefix("torch.")
     report(f"{target}: {format}{f' {layout}' if layout else ''}, {stored_dtype}{checked}")
+    if verify and logits:
+        report(f"logits on {NUM_PROMPTS} prompts: {difference}")
     for line in _padding_notes(config):
         report(line)
     if files_from is None:

@@ -36,7 +36,7 @@ def open_hf(path: Path) -> BlockWeights:
     """
     config = from_hf(read_json(path / "config.json"), path / "config.json")
     refs: dict[str, TensorRef] = {}
-    for file, listed in _weight_files(path).items():
+    for file, listed in weight_files(path).items():
         found = _describe(file)
         for name in listed or found:
             if name not in found:
@@ -73,7 +73,7 @@ def _block(ref: TensorRef) -> Block:
     return Block(ref.file, ref.offset, region.outer, region.inner, region.flipped, region.pitch)
 
 
-def _weight_files(path: Path) -> dict[Path, list[str] | None]:
+def weight_files(path: Path) -> dict[Path, list[str] | None]:
     """Each file of weights with the tensors that the index expects in it (None: no index, take what it holds)."""
     found = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
     if found is None:

@@ -91,7 +91,7 @@ class Transfer:
         """Move everything. At most `workers`, and at most `max_queue_size`, tensors are in work at a time.
 
         progress: called with the bytes of the source that are done since the last call. Raises InputError for bad
-        tensors, RuntimeError when something reads back other than it was written, OSError when the disk is full.
+        tensors and when something reads back other than it was written, OSError when the disk is full.
         """
         jobs = iter(self._jobs())
         pending: set[Future[int]] = set()
@@ -143,7 +143,7 @@ class Transfer:
         for copy in (*target.copies, *target.replicas):
             self._write(target, copy, job.rows, values)
             if self._verify and not self._same(self._writing, target, copy, job.rows, values):
-                raise RuntimeError(f"{copy[0].file}: tensor {job.name} was not written as it was read: check the disk")
+                raise InputError(f"{copy[0].file}: tensor {job.name} was not written as it was read: check the disk")
         return size
 
     def _scratch(self) -> Scratch:
