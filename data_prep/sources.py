@@ -36,11 +36,20 @@ class Document(NamedTuple):
     text: str
 
 
+class Part(NamedTuple):
+    """A stretch of a file (see division.py): bytes of JSON lines, row groups of parquet; the stop is behind it."""
+
+    start: int
+    stop: int
+    first: int  # number of its first document in the whole file
+
+
 class Source(NamedTuple):
-    """One input file: where it is, and the name that stands for it in seeds and provenance (relative, with `/`)."""
+    """One input file: where it is, the name that stands for it in seeds (relative, with `/`), and the part of it."""
 
     path: str
     name: str
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -101,8 +110,10 @@ def discover(inputs: Sequence[str | Path], text_suffixes: Sequence[str] = ()) ->
     return sources
 
 
-def read_documents(path: str | Path, faults: FaultPolicy, text_key: str | None = None) -> Iterator[Document]:
-    """Stream the documents of one file; the text is a record's value of `text_key`.
+def read_documents(
+    path: str | Path, faults: FaultPolicy, text_key: str | None = None, part: Part | None = None
+) -> Iterator[Document]:
+    """Stream the documents of one file, or of a part of it; the text is a record's value of `text_key`.
 
     By default that is `text`, and in a parquet file without it, `content`. A list of strings is joined with blank
     lines; a record that is a bare JSON string is a document itself. Any file that is not parquet, JSON or JSON lines
@@ -113,10 +124,11 @@ def read_documents(path: str | Path, faults: FaultPolicy, text_key: str | None =
     """
     path = str(path)
     if path.endswith(".parquet"):
-        yield from _parquet_documents(path, faults, [text_key] if text_key else [TEXT_KEY, PARQUET_TEXT_KEY])
+        keys = [text_key] if text_key else [TEXT_KEY, PARQUET_TEXT_KEY]
+        yield from _parquet_documents(path, faults, keys, part)
     elif path.endswith(LINES_SUFFIXES):
         with open_bytes(path) as stream:
-            yield from _line_documents(path, stream, faults, text_key or TEXT_KEY)
+            yield from _line_documents(path, stream, faults, text_key or TEXT_KEY, part)
     elif path.endswith(JSON_SUFFIXES):
         with open_bytes(path) as stream:
             start = stream.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]  # type: ignore[attr-defined]
@@ -130,8 +142,10 @@ def read_documents(path: str | Path, faults: FaultPolicy, text_key: str | None =
                 faults(Fault(path, f"byte {error.start}", "is not UTF-8"))
 
 
-def _line_documents(path: str, stream: BinaryIO, faults: FaultPolicy, key: str) -> Iterator[Document]:
-    for number, line in enumerate(stream):
+def _line_documents(
+    path: str, stream: BinaryIO, faults: FaultPolicy, key: str, part: Part | None = None
+) -> Iterator[Document]:
+    for number, line in _lines(stream, part):
         if number == 0:
             line = line.removeprefix(b"\xef\xbb\xbf")
         record, reason = parse_record(line)
@@ -140,6 +154,18 @@ def _line_documents(path: str, stream: BinaryIO, faults: FaultPolicy, key: str) 
             faults(Fault(path, str(number + 1), reason))
         else:
             yield Document(number, text)
+
+
+def _lines(stream: BinaryIO, part: Part | None) -> Iterator[tuple[int, bytes]]:
+    if part is None:
+        yield from enumerate(stream)
+        return
+    position = stream.seek(part.start)
+    for number, line in enumerate(stream, start=part.first):
+        yield number, line
+        position += len(line)
+        if position >= part.stop:
+            return
 
 
 def parse_record(line: bytes) -> tuple[Any, str]:
@@ -239,7 +265,7 @@ def _array_elements(path: str, stream: BinaryIO) -> Iterator[Any]:
         number += 1
 
 
-def _parquet_documents(path: str, faults: FaultPolicy, keys: Sequence[str]) -> Iterator[Document]:
+def _parquet_documents(path: str, faults: FaultPolicy, keys: Sequence[str], part: Part | None) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
@@ -250,8 +276,9 @@ def _parquet_documents(path: str, faults: FaultPolicy, keys: Sequence[str]) -> I
             if key is None:
                 columns = ", ".join(file.schema_arrow.names)
                 raise InputError(f"{path}: has no column {' or '.join(map(repr, keys))} but {columns}: use --text-key")
-            number = 0
-            for batch in file.iter_batches(batch_size=256, columns=[key]):
+            number = part.first if part else 0
+            groups = list(range(part.start, part.stop)) if part else None
+            for batch in file.iter_batches(batch_size=256, columns=[key], row_groups=groups):
                 for cell in batch.column(0):
                     try:
                         text, reason = _text_of({key: cell.as_py()}, key)

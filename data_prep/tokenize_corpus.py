@@ -1,22 +1,24 @@
 """The step from text to sequences: read documents, tokenise, FIM if asked for, pack, write.
 
-The sorted input files are cut into shards by size alone; each shard is packed by itself into `OUT/examples_<k>_<s>.h5`
-(k the file number within shard s). A shard is one task of the engine, so the output is the same for any number of
-processes, and a relaunch goes on where the last one stopped. The end of each shard is one padded sequence.
+The sorted input files are grouped into shards by size alone, large ones divided (division.py); each shard is packed by
+itself into `OUT/examples_<k>_<s>.h5` (k the file number within shard s). A shard is one task of the engine, so the
+output is the same for any number of processes, and a relaunch goes on where the last one stopped. The end of each shard
+is one padded sequence.
 """
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from data_prep.cleaning import Cleaning
+from data_prep.division import divide
 from data_prep.engine import Task, run_step
 from data_prep.errors import InputError
 from data_prep.fim import Draws, FimSettings, fim_document
@@ -25,7 +27,6 @@ from data_prep.packing import Packer
 from data_prep.provenance import Span, SpanTracker
 from data_prep.sequences import SequenceWriter
 from data_prep.sources import Document, FaultPolicy, Source, discover, read_documents
-from data_prep.streams import is_url
 from data_prep.tokenizer import Tokenizer, load_tokenizer_once
 
 BATCH = 1 << 20  # characters that are encoded at a time
@@ -40,7 +41,7 @@ class TokenizeOptions:
         fim: per-document FIM; None for none. Its chance is keyed by (seed, epoch, input file, document).
         epochs: how often the corpus is written, each time with other FIM draws, to OUT/epoch_<e>; 0: once, to OUT.
         rows_per_file: sequences of one HDF5 file at most.
-        shard_bytes: input files are grouped into shards of about this size (one file is never cut).
+        shard_bytes: input files are grouped into shards of about this size, and much larger ones are divided.
         eos_id: what the caller takes the end of a document to be; a tokenizer that differs is refused.
         pad_id: fills the last sequence of a shard, [eos_id].
         min_sequence_len: the end of a shard, if it has fewer tokens, is left out and counted.
@@ -100,10 +101,11 @@ def tokenize_corpus(
         raise InputError(f"eos_id {options.eos_id}: in {tokenizer.path} </s> is {tokenizer.eos_id}")
     sources = discover(inputs, options.text_suffixes)
     found = replace(options, tokenizer=str(tokenizer.path))
+    groups = list(group_by_size(sources, options.shard_bytes))
     shards = [
         Shard(found, group, str(out), f"epoch_{epoch}" if options.epochs else "", number, epoch)
         for epoch in range(max(1, options.epochs))
-        for number, group in enumerate(group_by_size(sources, options.shard_bytes))
+        for number, group in enumerate(groups)
     ]
     settings = asdict(options) | {
         "tokenizer": tokenizer.fingerprint,
@@ -123,12 +125,15 @@ def tokenize_corpus(
 
 
 def group_by_size(sources: list[Source], shard_bytes: int) -> Iterator[tuple[Source, ...]]:
-    """Consecutive files in groups that end when they reach `shard_bytes`; a URL, of unknown size, stands alone."""
+    """Consecutive files, or parts of large ones, in groups that end when they reach `shard_bytes`.
+
+    A URL, of unknown size, stands alone.
+    """
     group: list[Source] = []
     size = 0
-    for source in sources:
-        group.append(source)
-        size += shard_bytes if is_url(source.path) else os.path.getsize(source.path)
+    for part, part_size in chain.from_iterable(divide(source, shard_bytes) for source in sources):
+        group.append(part)
+        size += part_size
         if size >= shard_bytes:
             yield tuple(group)
             group, size = [], 0
@@ -195,7 +200,7 @@ def documents(shard: Shard, faults: FaultPolicy, counts: Counter[str]) -> Iterat
     """The shard's documents that hold text, cleaned."""
     cleaning = shard.options.cleaning
     for source in shard.sources:
-        for document in read_documents(source.path, faults, shard.options.text_key):
+        for document in read_documents(source.path, faults, shard.options.text_key, source.part):
             counts["documents_read"] += 1
             text = cleaning(document.text)
             counts["documents_cleaned"] += text != document.text
