@@ -7,12 +7,13 @@ name when it is complete; running again writes the same files again, never appen
 
 from __future__ import annotations
 
-import json
-import math
+import codecs
 import os
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import orjson
 
 from data_prep.engine import Task, run_step
 from data_prep.errors import InputError
@@ -62,17 +63,17 @@ def convert_file(task: ConvertTask) -> Record:
     try:
         file = pyarrow.parquet.ParquetFile(task.source)
         names = [TEXT_KEY if name == PARQUET_TEXT_KEY else name for name in file.schema_arrow.names]
-        keys = [json.dumps(name) + ":" for name in names]
+        if len(set(names)) < len(names):
+            raise InputError(f"{task.source}: has two columns of the name {max(names, key=names.count)}: rename one")
         widened = _integers_with_nulls(file)
-        with partial.open("w", encoding="ascii", newline="") as lines:
+        with partial.open("wb") as lines:
             for batch in file.iter_batches(batch_size=512):
                 columns = [
-                    [key + _value(float(cell) if name in widened and cell is not None else cell) for cell in column]
-                    for key, name, column in zip(keys, batch.schema.names, map(_cells, batch.columns), strict=True)
+                    (column.cast(pyarrow.float64(), safe=False) if name in widened else column).to_pylist()
+                    for name, column in zip(batch.schema.names, batch.columns, strict=True)
                 ]
                 for cells in zip(*columns, strict=True):
-                    # Slashes are in strings only. Escaped is how pandas writes them, hence the reference.
-                    lines.write("{" + ",".join(cells).replace("/", "\\/") + "}\n")
+                    lines.write(json_line(dict(zip(names, cells, strict=True))))
                 count += batch.num_rows
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         partial.unlink(missing_ok=True)
@@ -80,11 +81,6 @@ def convert_file(task: ConvertTask) -> Record:
         raise InputError(f"{task.source}: row {count + 1} or after: cannot be converted ({reason})") from None
     os.replace(partial, target)
     return record(inputs=[task.source], outputs={task.name: {"rows": count}}, counts={"documents": count})
-
-
-def _cells(column: Any) -> list[Any]:
-    cells: list[Any] = column.to_pylist()
-    return cells
 
 
 def _integers_with_nulls(file: Any) -> set[str]:
@@ -98,13 +94,21 @@ def _integers_with_nulls(file: Any) -> set[str]:
     return {name for name in names if table[name].null_count}
 
 
-def _value(value: Any) -> str:
-    """One JSON value, ASCII; what JSON has no word for (NaN, infinity) is null."""
-    if isinstance(value, str):
-        return encode_basestring_ascii(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return "null"
-    return json.dumps(value, separators=(",", ":"), default=str)
+def json_line(row: dict[str, Any]) -> bytes:
+    """One object as a line: ASCII, slashes escaped (as pandas writes them, hence the reference); NaN is null."""
+    line = orjson.dumps(row, default=str, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_PASSTHROUGH_DATETIME)
+    if not line.isascii():  # only strings hold such characters, and slashes
+        line = line.decode().encode("ascii", "json_escape")
+    return line.replace(b"/", b"\\/")
+
+
+def _json_escape(error: UnicodeError) -> tuple[str, int]:
+    """The codec error handler that writes the characters it cannot encode as JSON escapes."""
+    assert isinstance(error, UnicodeEncodeError)
+    return encode_basestring_ascii(error.object[error.start : error.end])[1:-1], error.end
+
+
+codecs.register_error("json_escape", _json_escape)
 
 
 def main(arguments: list[str] | None = None) -> None:
