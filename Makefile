@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # One thread a test process: the tests start processes of their own, and more threads than cores only wait for each other.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(RUN)/python -m pytest
 
-.PHONY: help install quickstart test test-full lint format bench bench-convert clean
+.PHONY: help install quickstart test test-full lint format bench bench-data bench-convert clean
 help:
 	@echo "make quickstart   the whole chain on this machine: text -> tokens -> pretrain -> tune -> chat (about 10 minutes)"
 	@echo "make test         the tests (some minutes)        make test-full   with the slow ones"
@@ -40,6 +40,9 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(RUN)/python -m tools.bench $(BENCH)
+
+bench-data: $(INSTALLED)
+	$(RUN)/python -m tools.bench data
 
 # FULL=--full: the whole 7B model, 54 GB of disk
 bench-convert: $(INSTALLED)
