@@ -1,7 +1,7 @@
 """Cut a large file into parts that processes can share: JSON lines between lines, parquet between row groups.
 
 The cuts depend on the file and the wished size alone, and a document keeps its number in the whole file, so neither
-provenance nor the chance of FIM knows of them. What is compressed as a whole (.gz, .zst), a JSON array and a single text
+provenance nor the chance of FIM knows of them. What is compressed as a whole (.gz, .zst), a JSON array and a text file
 stay in one piece, and so does what lies behind a URL.
 """
 

@@ -84,8 +84,8 @@ def _read(path: Path) -> str:
 
 def _unlike(texts: Iterator[str]) -> Iterator[str]:
     """The texts without empty ones and repetitions: a hundred copies of one licence are one."""
-    seen = {""}
+    seen = {hash("")}  # not the texts: a command's peak memory is never below that of the process that starts it
     for text in texts:
-        if text not in seen:
-            seen.add(text)
+        if hash(text) not in seen:
+            seen.add(hash(text))
             yield text
