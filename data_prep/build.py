@@ -213,7 +213,7 @@ def _step(entry: StepEntry, values: Mapping[str, str], place: str) -> Step:
     options: list[str] = []
     for name, setting in entry.options.items():
         flag = "--" + name.replace("_", "-")
-        if flag in ("--out", "--processes", "--overwrite"):
+        if flag in ("--out", "--processes", "--overwrite", "--engine", "--engine-option"):
             raise InputError(f"{place}: options.{name}: is not for a recipe: give it on the command line, or as a key")
         if setting is not False:
             options += [flag] if setting is True else [flag, filled(str(setting))]

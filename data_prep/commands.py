@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from data_prep.engine import run_on
 from data_prep.errors import InputError, exit_on_bad_input
 from data_prep.fim import FimSettings
 
@@ -17,7 +18,19 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 Out = Annotated[Path, typer.Option(help="Folder to write")]
 Processes = Annotated[int, typer.Option(help="Processes; the output does not depend on it")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete what --out holds from other settings")]
+EngineOptions = Annotated[
+    list[str] | None,
+    typer.Option("--engine-option", help="For slurm and ray: partition=NAME, time=HH:MM:SS, account=NAME, address=…"),
+]
 TokenizerFile = Annotated[Path, typer.Option(help="tokenizer.json, SentencePiece .model, or a folder with one")]
+
+
+class EngineKind(StrEnum):
+    """What runs a step's tasks."""
+
+    local = "local"
+    slurm = "slurm"
+    ray = "ray"
 
 
 class OnError(StrEnum):
@@ -40,6 +53,9 @@ class CutLevel(StrEnum):
 
     char = "char"
     token = "token"
+
+
+Engine = Annotated[EngineKind, typer.Option(help="Run the tasks here, as a Slurm array, or on Ray")]
 
 
 def main(arguments: list[str]) -> None:
@@ -81,11 +97,14 @@ def parquet2jsonl(
     out: Out,
     processes: Processes = 1,
     overwrite: Overwrite = False,
+    engine: Engine = EngineKind.local,
+    engine_option: EngineOptions = None,
 ) -> None:
     """Convert parquet to JSON lines, the column `content` renamed `text`."""
     from data_prep.parquet2jsonl import parquet_to_jsonl
 
-    _report(out, parquet_to_jsonl(_existing(source), out, processes=processes, overwrite=overwrite))
+    with run_on(engine.value, engine_option or ()):
+        _report(out, parquet_to_jsonl(_existing(source), out, processes=processes, overwrite=overwrite))
 
 
 @app.command()
@@ -98,13 +117,16 @@ def partition(
     on_error: Annotated[OnError, typer.Option(help="At a bad record: stop, or skip and list it")] = OnError.stop,
     processes: Processes = 1,
     overwrite: Overwrite = False,
+    engine: Engine = EngineKind.local,
+    engine_option: EngineOptions = None,
 ) -> None:
     """Sort documents into folders: OUT/[train|valid]/[<value of the key>]/<input name>.jsonl.zst."""
     from data_prep.partition import PartitionOptions
     from data_prep.partition import partition as partition_files
 
     options = PartitionOptions(key, valid, seed, on_error.value)
-    _report(out, partition_files(inputs, out, options, processes=processes, overwrite=overwrite))
+    with run_on(engine.value, engine_option or ()):
+        _report(out, partition_files(inputs, out, options, processes=processes, overwrite=overwrite))
 
 
 @app.command()
@@ -125,6 +147,8 @@ def tokenize(
     shard_mb: Annotated[int, typer.Option(help="Input files are packed together up to about this size")] = 16,
     processes: Processes = 1,
     overwrite: Overwrite = False,
+    engine: Engine = EngineKind.local,
+    engine_option: EngineOptions = None,
 ) -> None:
     """Tokenise and pack documents into sequences, with FIM per document if --fim-rate is given."""
     from data_prep.tokenize_corpus import TokenizeOptions, tokenize_corpus
@@ -140,7 +164,8 @@ def tokenize(
         rows_per_file=rows_per_file,
         shard_bytes=shard_mb << 20,
     )
-    _report(out, tokenize_corpus(inputs, out, options, processes=processes, overwrite=overwrite))
+    with run_on(engine.value, engine_option or ()):
+        _report(out, tokenize_corpus(inputs, out, options, processes=processes, overwrite=overwrite))
 
 
 @app.command()
@@ -158,20 +183,23 @@ def fim(
     ] = False,
     processes: Processes = 1,
     overwrite: Overwrite = False,
+    engine: Engine = EngineKind.local,
+    engine_option: EngineOptions = None,
 ) -> None:
     """Fill in the middle on packed sequences: writes OUT/epoch_<e>/<input file name>."""
     from data_prep.fim_files import FimSource, fim_files
 
-    manifest = fim_files(
-        [FimSource(source)],
-        out,
-        tokenizer,
-        FimSettings(rate, spm_rate, seed, level.value),
-        epochs=epochs,
-        processes=processes,
-        overwrite=overwrite,
-        reference_groups=processes if reference_compat else None,
-    )
+    with run_on(engine.value, engine_option or ()):
+        manifest = fim_files(
+            [FimSource(source)],
+            out,
+            tokenizer,
+            FimSettings(rate, spm_rate, seed, level.value),
+            epochs=epochs,
+            processes=processes,
+            overwrite=overwrite,
+            reference_groups=processes if reference_compat else None,
+        )
     _report(out, manifest)
 
 
@@ -183,11 +211,14 @@ def shuffle(
     seed: Annotated[int, typer.Option(help="Seed of the order")] = 0,
     processes: Processes = 1,
     overwrite: Overwrite = False,
+    engine: Engine = EngineKind.local,
+    engine_option: EngineOptions = None,
 ) -> None:
     """Put all sequences of all inputs into one random order."""
     from data_prep.shuffle import shuffle as shuffle_files
 
-    manifest = shuffle_files(inputs, out, files=files, seed=seed, processes=processes, overwrite=overwrite)
+    with run_on(engine.value, engine_option or ()):
+        manifest = shuffle_files(inputs, out, files=files, seed=seed, processes=processes, overwrite=overwrite)
     _report(out, manifest)
 
 
@@ -210,6 +241,8 @@ def build(
         list[str] | None, typer.Option("--set", help="Change a value of the recipe: name=value")
     ] = None,
     processes: Processes = 1,
+    engine: Engine = EngineKind.local,
+    engine_option: EngineOptions = None,
 ) -> None:
     """Run all steps of a recipe, from raw folders to those of a phase; a relaunch goes on."""
     from data_prep.build import build as run_recipe
@@ -220,7 +253,8 @@ def build(
         if not equals:
             raise InputError(f"--set {setting}: is not name=value")
         values[name] = value
-    run_recipe(recipe, root, processes=processes, values=values, dry_run=dry_run)
+    with run_on(engine.value, engine_option or ()):
+        run_recipe(recipe, root, processes=processes, values=values, dry_run=dry_run)
 
 
 @app.command()

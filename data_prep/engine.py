@@ -1,11 +1,12 @@
-"""Run a step's tasks on local processes, so that it can be killed at any moment and started again.
+"""Run a step's tasks, so that it can be killed at any moment and started again: here, on local processes.
 
 A step (tokenise, FIM, shuffle, …) is a list of independent tasks; each writes its own files under their final names
 only when they are complete, and then a record `OUT/.tasks/<name>.json` with what it counted. A relaunch skips the tasks
 that have a record and does the others from their start, so the output is the same bytes as without the interruption.
 After the last task the records become `OUT/manifest.json` (see manifest.py) and `.tasks` goes away.
 
-What a task writes depends on the task alone, so the number of processes changes nothing but the time.
+What a task writes depends on the task alone, so the number of processes changes nothing but the time. Nor does a
+cluster: inside `run_on` tasks go to Slurm or Ray (cluster.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +29,8 @@ from data_prep.errors import InputError
 from data_prep.manifest import MANIFEST, Record, fingerprint_of, finished_manifest, write_manifest
 
 TASKS = ".tasks"
+JOBS = "jobs.json"  # in TASKS: the cluster's jobs that are at work
+FAILED = "failed.json"  # in TASKS: the first task that failed on a cluster, and why
 
 
 class Task(NamedTuple):
@@ -44,6 +48,45 @@ class Stage(NamedTuple):
 
     tasks: Sequence[Task]
     work: Work
+
+
+class Cluster(NamedTuple):
+    """Where tasks go instead of local processes, "slurm" or "ray", and what it must be told (partition, address, …)."""
+
+    kind: str
+    options: dict[str, str]
+
+
+class LostTasks(InputError):
+    """A cluster's jobs ended without doing all tasks; their logs are kept."""
+
+
+_cluster: ContextVar[Cluster | None] = ContextVar("cluster", default=None)
+
+
+@contextmanager
+def run_on(kind: str, options: Sequence[str] = ()) -> Iterator[None]:
+    """Steps started in this context run on `kind`: "local", "slurm" or "ray"; options are "name=value".
+
+    Raises:
+        InputError: an option that is not name=value, or options for local processes.
+    """
+    pairs = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise InputError(f"--engine-option {option}: is not name=value")
+        pairs[name.replace("-", "_")] = value
+    if kind == "local":
+        if pairs:
+            raise InputError("--engine-option: belongs to --engine slurm or ray")
+        yield
+        return
+    before = _cluster.set(Cluster(kind, pairs))
+    try:
+        yield
+    finally:
+        _cluster.reset(before)
 
 
 def run_step(
@@ -80,21 +123,25 @@ def run_step(
         return manifest
     _claim(out, fingerprint, overwrite=overwrite)
     folder = out / TASKS
+    if (folder / JOBS).exists():
+        from data_prep.cluster import wait_for_earlier
+
+        wait_for_earlier(folder)
     stages = [*([before] if before else []), Stage(tasks, work)]
     everything = [task for stage in stages for task in stage.tasks]
     for task in everything:
         (folder / task.name).parent.mkdir(parents=True, exist_ok=True)
-    num_done = sum((folder / f"{task.name}.json").exists() for task in everything)
+    waiting = [Stage([t for t in s.tasks if not (folder / f"{t.name}.json").exists()], s.work) for s in stages]
+    num_done = len(everything) - sum(len(stage.tasks) for stage in waiting)
     if num_done:
         print(f"{out}: {num_done} of {len(everything)} tasks are done, going on", file=sys.stderr)
     try:
         with _bar(step, len(everything) - num_done, shown=progress) as advance:
-            for stage in stages:
-                to_do = [task for task in stage.tasks if not (folder / f"{task.name}.json").exists()]
-                for task, record in _results(stage.work, to_do, processes):
-                    _write_json(folder / f"{task.name}.json", record)
-                    num_done += 1
-                    advance()
+            for number in _run(folder, [stage for stage in waiting if stage.tasks], processes):
+                num_done += number
+                advance(number)
+    except LostTasks:
+        raise
     except InputError:
         if not num_done:
             _leave(out)
@@ -103,6 +150,19 @@ def run_step(
     manifest = write_manifest(step, out, fingerprint, settings, records)
     shutil.rmtree(folder)
     return manifest
+
+
+def _run(folder: Path, stages: Sequence[Stage], processes: int) -> Iterator[int]:
+    """Do the tasks and see to their records in `folder`; yields how many more are done."""
+    if cluster := _cluster.get():
+        from data_prep.cluster import run_stages
+
+        yield from run_stages(cluster, folder, stages, processes)
+        return
+    for stage in stages:
+        for task, record in _results(stage.work, list(stage.tasks), processes):
+            write_json(folder / f"{task.name}.json", record)
+            yield 1
 
 
 def _claim(out: Path, fingerprint: str, *, overwrite: bool) -> None:
@@ -129,23 +189,23 @@ def _claim(out: Path, fingerprint: str, *, overwrite: bool) -> None:
             shutil.rmtree(doomed)
     try:
         mark.parent.mkdir(parents=True, exist_ok=True)
-        _write_json(mark, {"fingerprint": fingerprint})
+        write_json(mark, {"fingerprint": fingerprint})
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror}): choose another --out") from None
 
 
 @contextmanager
-def _bar(title: str, total: int, *, shown: bool) -> Iterator[Callable[[], None]]:
+def _bar(title: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
     """A progress bar over the tasks with the time that is left; only for a person at a terminal."""
     if not (shown and total > 1 and sys.stderr.isatty()):
-        yield lambda: None
+        yield lambda number: None
         return
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task(title, total=total)
-        yield lambda: progress.advance(bar)
+        yield lambda number: progress.advance(bar, number)
 
 
 def _leave(out: Path) -> None:
@@ -158,7 +218,8 @@ def _leave(out: Path) -> None:
         out.rmdir()
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Write a file that is there when it is complete."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value))
     os.replace(partial, path)
