@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from megatron.crystalcoder.training.config import MixtureEntry, ScheduleSegment
 from megatron.crystalcoder.training.params import Params, ReferenceCompat, default_micro_batch_size, load_params
 from megatron.crystalcoder.training.params_schema import ParamsSchema
 from megatron.crystalcoder.training.schedules import learning_rate
+from megatron.crystalcoder.training.widths import at_width
 
 SLIMPAJAMA = ("ArXiv", "Book", "C4", "CommonCrawl", "Github", "StackExchange", "Wikipedia")
 TENTH = ((0.0, 0.1),)
@@ -190,6 +191,35 @@ def test_tiny_files_are_the_7b_files_at_another_width(repo_root: Path, phases: d
         for tp in (1, 2):
             model.check_layout(tp, 2)
         assert sum(segment.steps for segment in config.schedule.segments) == config.train_iters  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("name", "millions"), [("40m", (37, 42)), ("111m", (107, 114)), ("256m", (250, 262))])
+def test_proxies_are_the_7b_model_at_another_width(
+    repo_root: Path, phases: dict[int, Params], name: str, millions: tuple[int, int]
+) -> None:
+    """Everything but width, depth, batch and length is phase 1's or follows from it by muP's rules.
+
+    Planted: the 7B's logit scale; a rate divided by the width: each fails."""
+    params, big = load_params(repo_root / f"params/proxy/{name}.yaml"), phases[1]
+    config, reference = params.train_config(), big.train_config()
+    wider, init = at_width(big, reference, config.model.hidden_size, "mup")
+    depth = (32 / config.model.num_layers) ** 0.5
+    assert millions[0] < config.model.num_parameters / 1e6 < millions[1]
+    assert replace(config.model, num_layers=32) == wider.model
+    assert (config.optimizer, config.loss_weight, config.bf16) == (wider.optimizer, reference.loss_weight, True)
+    assert params.init_settings().embedding == init.embedding
+    assert params.init_settings().hidden.std == pytest.approx(init.hidden.std, rel=1e-7)
+    assert params.init_settings().output.std == pytest.approx(init.output.std * depth, rel=1e-7)
+    for drawn in (params.init_settings().hidden, params.init_settings().output):
+        assert (drawn.a, drawn.b) == pytest.approx((-2 * drawn.std, 2 * drawn.std), rel=1e-7)
+    warmup, decay = config.schedule.segments  # type: ignore[union-attr]
+    their_warmup, their_decay = reference.schedule.segments  # type: ignore[union-attr]
+    assert warmup == their_warmup
+    assert (decay.initial, decay.end) == (their_decay.initial, their_decay.end)
+    assert warmup.steps + decay.steps == config.train_iters
+    tokens = config.train_iters * config.global_batch_size * 2048
+    assert tokens / config.model.num_parameters == pytest.approx(20, rel=1e-3)
+    assert replace(config.data, seed=1) == reference.data
 
 
 def test_every_key_of_the_reference_is_accepted(tmp_path: Path, tiny_path: Path) -> None:
