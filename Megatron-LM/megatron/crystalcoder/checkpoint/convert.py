@@ -73,6 +73,8 @@ def convert(
     nothing behind. A conversion that is killed goes on where it was when it is started again.
     """
     checkpoint = open_checkpoint(source, true_vocab_size=true_vocab_size)
+    if checkpoint.adapter is not None:
+        raise InputError(f"{source}: trained an adapter: `crystalcoder finetune export` merges it and writes it alone")
     config, template = settle_config(checkpoint, hf_config)
     if format == "hf" and not config.rotary_interleaved:
         raise InputError(f"{source}: rotary_interleaved is off, which the Hugging Face model cannot express")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_prep.errors import InputError
+from megatron.crystalcoder.checkpoint.adapter import ADAPTER
 from megatron.crystalcoder.checkpoint.directory import HF_FILES, TRACKER, read_tracker
 from megatron.crystalcoder.checkpoint.hf_reader import open_hf
 from megatron.crystalcoder.checkpoint.layout import Layout, layout_of
@@ -29,6 +30,7 @@ class Checkpoint:
     mup_recorded: whether `config`'s muP constants and rotary style come from the checkpoint; if not they are neutral
     and must be replaced before use (the reference's converter did not record them).
     is_converted: a converter wrote it, so a run that starts from it begins at iteration 0 with all rows.
+    adapter: the folder of a LoRA adapter that belongs to `weights` and is not in them, if a run trained one.
     hf_files: a directory with config.json and tokenizer files that belong to the weights, if there is one.
     """
 
@@ -43,6 +45,7 @@ class Checkpoint:
     args: argparse.Namespace | None = None
     layout: Layout | None = None
     hf_files: Path | None = None
+    adapter: Path | None = None
 
     @property
     def tensor_parallel(self) -> int:
@@ -90,7 +93,10 @@ def open_checkpoint(path: Path | str, *, true_vocab_size: int | None = None) -> 
         config = replace(config, unpadded_vocab_size=true_vocab_size if true_vocab_size < config.vocab_size else None)
     layout = layout_of(args, config, folder)
     format_: Format
-    if is_distributed:
+    if lora := getattr(args, "lora", None):
+        base = _base_of(folder, Path(lora["base"]))
+        format_, weights, hf_files = "torch_dist", base.weights, base.hf_files
+    elif is_distributed:
         format_, weights = "torch_dist", open_torch_dist(folder, config)
     else:
         names = names_in(content)
@@ -110,4 +116,15 @@ def open_checkpoint(path: Path | str, *, true_vocab_size: int | None = None) -> 
         args=args,
         layout=layout,
         hf_files=hf_files,
+        adapter=folder / ADAPTER if lora else None,
     )
+
+
+def _base_of(folder: Path, path: Path) -> Checkpoint:
+    """What the adapter in `folder` was trained on."""
+    if not path.is_dir():
+        raise InputError(f"{folder}: holds an adapter of the weights at {path}, which are not there: put them back")
+    base = open_checkpoint(path)
+    if base.adapter is not None:
+        raise InputError(f"{path}: holds an adapter itself: export it (crystalcoder finetune export) and adapt that")
+    return base

@@ -8,6 +8,7 @@ from typing import Literal
 
 from megatron.crystalcoder.model.config import ModelConfig, ParallelConfig
 from megatron.crystalcoder.model.fusions import Speed
+from megatron.crystalcoder.model.lora import LoraSettings
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ class TrainConfig:
     save_format: Literal["torch_dist", "torch"] = "torch_dist"
     load_optimizer: bool = True
     load_rng: bool = True
+    lora: LoraSettings | None = None  # train an adapter beside frozen weights
     finetune: bool = False  # weights only: iteration, schedule and data position start at 0
     exit_on_missing_checkpoint: bool = False
 

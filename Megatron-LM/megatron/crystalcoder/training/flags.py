@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from data_prep.errors import InputError
 from megatron.crystalcoder.checkpoint.open import Checkpoint, open_checkpoint
 from megatron.crystalcoder.model.config import ModelConfig, MuP, ParallelConfig
+from megatron.crystalcoder.model.lora import TARGETS, LoraSettings
 from megatron.crystalcoder.training.config import DataSettings, OptimizerSettings, TrainConfig, WarmupDecay
 from megatron.crystalcoder.training.resume import has_checkpoint, is_run
 from megatron.crystalcoder.training.speed_flags import add_speed_arguments, speed_settings
@@ -104,6 +105,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         save_format=flags.ckpt_format,
         load_optimizer=not flags.no_load_optim,
         load_rng=not flags.no_load_rng,
+        lora=_lora(flags),
         finetune=flags.finetune,
         exit_on_missing_checkpoint=flags.exit_on_missing_checkpoint,
         eval_data=tuple(DataSettings(paths=(path,), order="single") for path in flags.valid_data_path),
@@ -132,6 +134,7 @@ def parser() -> argparse.ArgumentParser:
     _add_model(top.add_argument_group("model", "taken from the checkpoint; where given, they must agree with it"))
     _add_batch(top.add_argument_group("batch and data"))
     _add_optimizer(top.add_argument_group("optimizer, schedule, loss"))
+    _add_lora(top.add_argument_group("LoRA", "an adapter is trained beside frozen weights"))
     _add_parallel(top.add_argument_group("layout over ranks"))
     add_speed_arguments(top.add_argument_group("speed and memory, the result being the same"))
     _add_checkpoint(top.add_argument_group("checkpoints"))
@@ -216,6 +219,14 @@ def _add_optimizer(group: Any) -> None:
         "micro-batches of each one's token mean, as the reference does",
     )
     group.add_argument("--skip-nonfinite", action="store_true", help="leave out steps with a NaN instead of stopping")
+
+
+def _add_lora(group: Any) -> None:
+    group.add_argument("--lora-rank", type=int, default=0, help="0: train all weights")
+    group.add_argument("--lora-alpha", type=float, help="the adapter's product counts alpha / rank; default: 2 x rank")
+    group.add_argument(
+        "--lora-target-modules", nargs="+", metavar="LAYER", help=f"of {', '.join(TARGETS)}; default: all of them"
+    )
 
 
 def _add_parallel(group: Any) -> None:
@@ -360,6 +371,17 @@ def _parallel(flags: argparse.Namespace, checkpoint: Checkpoint | None) -> Paral
         overlap_grad_reduce=flags.overlap_grad_reduce,
         recompute=flags.recompute_granularity or "none",
     )
+
+
+def _lora(flags: argparse.Namespace) -> LoraSettings | None:
+    if not flags.lora_rank:
+        if flags.lora_alpha is not None or flags.lora_target_modules is not None:
+            raise InputError("--lora-alpha and --lora-target-modules need --lora-rank: add it, or drop them")
+        return None
+    if flags.ckpt_format != "torch_dist":
+        raise InputError("an adapter is saved in torch_dist alone: drop --ckpt-format")
+    alpha = 2.0 * flags.lora_rank if flags.lora_alpha is None else flags.lora_alpha
+    return LoraSettings(flags.lora_rank, alpha, tuple(flags.lora_target_modules or TARGETS))
 
 
 def _schedule(flags: argparse.Namespace) -> WarmupDecay:

@@ -26,6 +26,7 @@ from megatron.crystalcoder.model.gpt import build_model
 from megatron.crystalcoder.training.best_checkpoint import BestCheckpoint
 from megatron.crystalcoder.training.config import TrainConfig
 from megatron.crystalcoder.training.evaluation import evaluate, open_evaluation_sets
+from megatron.crystalcoder.training.lora import add_lora
 from megatron.crystalcoder.training.metrics import MetricsLog, StepFacts
 from megatron.crystalcoder.training.optimizer import build_optimizer
 from megatron.crystalcoder.training.resume import Progress, Start, find_start, refuse_other_data
@@ -148,6 +149,8 @@ def build(config: TrainConfig, start: Start) -> tuple[DistributedDataParallel, M
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     stage = build_model(config.model, parallel, dtype=dtype, speed=config.speed)
     load_weights(stage, start.weights, config.model, parallel)
+    if config.lora is not None:
+        add_lora(stage, config, start)
     # Weights first: wrapping moves them into flat buffers, and the optimizer takes its fp32 copies from those.
     model = DistributedDataParallel(
         stage.config,

@@ -33,6 +33,7 @@ def is_decayed(name: str, parameter: torch.nn.Parameter) -> bool:
 def is_lr_scaled(name: str, parameter: torch.nn.Parameter, *, biases: bool) -> bool:
     """Whether muP scales this parameter's lr: linear layers inside the blocks, their biases too if `biases`."""
     outside = getattr(parameter, "is_embedding_or_output_parameter", False) or "output_layer." in name
+    outside = outside or "lora." in name  # an adapter's lr is the one that is asked for
     return not outside and "embedding" not in name and "layernorm" not in name and (parameter.dim() > 1 or biases)
 
 

@@ -10,6 +10,7 @@ from megatron.crystalcoder.checkpoint.directory import TRACKER
 from megatron.crystalcoder.checkpoint.open import Checkpoint, open_checkpoint
 from megatron.crystalcoder.checkpoint.weights import WeightSource
 from megatron.crystalcoder.model.config import ModelConfig
+from megatron.crystalcoder.model.lora import LoraSettings
 from megatron.crystalcoder.training.config import TrainConfig
 
 
@@ -50,6 +51,8 @@ def find_start(config: TrainConfig, initial_weights: WeightSource | None = None)
             return _go_on(config, saved)
     if config.load is not None and (has_checkpoint(config.load) or initial_weights is None):
         loaded = open_checkpoint(config.load)
+        if loaded.adapter is not None and config.finetune:
+            raise InputError(f"{config.load}: trained an adapter: export it (crystalcoder finetune export), load that")
         if is_run(loaded) and not config.finetune:
             return _go_on(config, loaded)
         refuse_other_model(config.model, loaded)
@@ -73,6 +76,7 @@ def is_run(checkpoint: Checkpoint) -> bool:
 
 def _go_on(config: TrainConfig, checkpoint: Checkpoint) -> Start:
     refuse_other_model(config.model, checkpoint)
+    _refuse_other_adapter(config, checkpoint)
     if config.load_optimizer:
         _refuse_other_optimizer(config, checkpoint)
     assert checkpoint.args is not None
@@ -104,6 +108,20 @@ def refuse_other_model(model: ModelConfig, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path}: the checkpoint records {name} {recorded}, but {ours} is asked for: "
                 "drop that setting, or load another checkpoint"
             )
+
+
+def _refuse_other_adapter(config: TrainConfig, checkpoint: Checkpoint) -> None:
+    """Raise InputError when a run that trained an adapter would go on without it, or the reverse, or with another."""
+    recorded = getattr(checkpoint.args, "lora", None)
+    theirs = LoraSettings(recorded["rank"], recorded["alpha"], tuple(recorded["targets"])) if recorded else None
+    if theirs != config.lora:
+        said = (
+            f"trains an adapter: give --lora-rank {theirs.rank} --lora-alpha {theirs.alpha:g} --lora-target-modules "
+            f"{' '.join(theirs.targets)}"
+            if theirs
+            else "trains all weights: drop --lora-rank"
+        )
+        raise InputError(f"{checkpoint.path}: this run {said}, or begin another in a new --save")
 
 
 def _same_layout(config: TrainConfig, checkpoint: Checkpoint) -> bool:

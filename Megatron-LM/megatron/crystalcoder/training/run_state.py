@@ -29,6 +29,7 @@ from megatron.crystalcoder.checkpoint import safe_load
 from megatron.crystalcoder.checkpoint.directory import iteration_directory, rank_file, write_tracker
 from megatron.crystalcoder.checkpoint.megatron_args import CHECKPOINT_VERSION, to_args
 from megatron.crystalcoder.training.config import TrainConfig
+from megatron.crystalcoder.training.lora import save_adapter, trained_state
 from megatron.crystalcoder.training.optimizer import restore_settings
 from megatron.crystalcoder.training.resume import Progress, Start
 
@@ -59,6 +60,8 @@ def save_run(
         "iteration": progress.iteration,
     }
     if config.save_format == "torch_dist":
+        if config.lora is not None:
+            save_adapter(partial, state, model.module.lora)
         _save_torch_dist(partial, state, model, optimizer)
     else:
         _save_torch(_rank_file(partial), state, model, optimizer)
@@ -104,7 +107,7 @@ def _facts(config: TrainConfig, progress: Progress, data_fingerprint: str) -> ar
 
 
 def _save_torch_dist(folder: Path, state: dict[str, Any], model: Any, optimizer: Any) -> None:
-    sharded = model.module.sharded_state_dict()
+    sharded = trained_state(model.module)
     state["model"] = sharded
     state["optimizer"] = optimizer.sharded_state_dict(sharded, metadata=_SHARDING)
     state["rng_state"] = _sharded_rng(_rng())
@@ -114,7 +117,7 @@ def _save_torch_dist(folder: Path, state: dict[str, Any], model: Any, optimizer:
 def _load_torch_dist(folder: Path, start: Start, model: Any, optimizer: Any) -> None:
     wanted: dict[str, Any] = {}
     if start.load_optimizer:
-        sharded = model.module.sharded_state_dict()
+        sharded = trained_state(model.module)
         wanted["optimizer"] = optimizer.sharded_state_dict(sharded, is_loading=True, metadata=_SHARDING)
     if start.load_rng:
         wanted["rng_state"] = _sharded_rng(None)

@@ -175,7 +175,11 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
 
 def _find_non_finite(model: DistributedDataParallel, losses: Tensor) -> tuple[NonFinite, ...]:
     """Ask every rank which of its micro-batches, or else which parameter's gradient, is not finite."""
-    parameters = (name for name, p in model.module.named_parameters() if not bool(torch.isfinite(p.main_grad).all()))
+    parameters = (
+        name
+        for name, p in model.module.named_parameters()
+        if p.requires_grad and not bool(torch.isfinite(p.main_grad).all())
+    )
     mine = NonFinite(
         rank=dist.get_rank(),
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
