@@ -136,8 +136,3 @@ def show(
         print(f"{html}: written")
     else:
         show_rows(path, load_tokenizer(tokenizer), Console(), start=start, count=count)
-
-
-def main(arguments: list[str]) -> None:
-    """The `crystalcoder finetune` subcommand."""
-    app(args=arguments, prog_name="crystalcoder finetune")

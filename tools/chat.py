@@ -13,7 +13,9 @@ from typing import Annotated, Any
 import typer
 
 from data_prep.errors import InputError, exits_on_bad_input
-from finetune.chat_format import DEFAULT_SYSTEM_PROMPT
+from data_prep.tokenizer import load_tokenizer_once
+from finetune.chat_format import DEFAULT_SYSTEM_PROMPT, Turn, encode_prompt
+from finetune.templates import CRYSTALCHAT, ChatTemplate, template_beside
 from tools.generate import GREEDY, MaxNewTokens, Sampling, Seed, Temperature, TopP, continuation
 from tools.hf_checkpoint import Device, Directory, Dtype, DtypeOption, load_checkpoint
 
@@ -26,6 +28,7 @@ def answer(
     messages: Sequence[Mapping[str, str]],
     sampling: Sampling = GREEDY,
     streamer: Any = None,
+    template: ChatTemplate = CRYSTALCHAT,
 ) -> str:
     """The assistant's next turn.
 
@@ -36,9 +39,13 @@ def answer(
     Raises:
         InputError: the conversation fills the model's context.
     """
-    before = tokenizer.encode_chat(messages)
+    if template == CRYSTALCHAT:
+        before = tokenizer.encode_chat(messages)
+    else:
+        turns: list[Any] = [Turn(message["role"], message["content"]) for message in messages]  # type: ignore[arg-type]
+        before = encode_prompt(turns, load_tokenizer_once(str(tokenizer.name_or_path)), template)
     # A model that was not taught to stop after earlier answers may begin the next user turn instead.
-    stops = [tokenizer.convert_tokens_to_ids("<|im_start|>")]
+    stops = tokenizer.convert_tokens_to_ids(list(template.stops))
     return continuation(model, tokenizer, before, sampling, stops=stops, anchor=[], streamer=streamer)
 
 
@@ -62,12 +69,26 @@ def chat(
     model, tokenizer = load_checkpoint(directory, device=device, dtype=dtype.value)
     opening = [{"role": "system", "content": system}] if system else []
     if message is not None:
-        print(answer(model, tokenizer, [*opening, {"role": "user", "content": message}], sampling))
+        print(
+            answer(
+                model,
+                tokenizer,
+                [*opening, {"role": "user", "content": message}],
+                sampling,
+                template=template_beside(directory),
+            )
+        )
     else:
-        converse(model, tokenizer, opening, sampling)
+        converse(model, tokenizer, opening, sampling, template_beside(directory))
 
 
-def converse(model: Any, tokenizer: Any, opening: Sequence[Mapping[str, str]], sampling: Sampling) -> None:
+def converse(
+    model: Any,
+    tokenizer: Any,
+    opening: Sequence[Mapping[str, str]],
+    sampling: Sampling,
+    template: ChatTemplate = CRYSTALCHAT,
+) -> None:
     """Read user turns from stdin and stream the answers to stdout, until an empty line or the end of the input."""
     from transformers import TextStreamer
 
@@ -79,7 +100,9 @@ def converse(model: Any, tokenizer: Any, opening: Sequence[Mapping[str, str]], s
         turns.append({"role": "user", "content": said})
         try:
             streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-            turns.append({"role": "assistant", "content": answer(model, tokenizer, turns, sampling, streamer)})
+            turns.append(
+                {"role": "assistant", "content": answer(model, tokenizer, turns, sampling, streamer, template)}
+            )
         except InputError as error:
             turns.pop()
             print(f"error: {error}; /reset starts a new conversation", file=sys.stderr)

@@ -18,7 +18,7 @@ COMMANDS = {
     "plan": ("tools.plan", "what a params.yaml takes of a cluster: memory, layouts, days, cost"),
     "coord-check": ("tools.coord_check", "muP: do activations keep their size as the model gets wider?"),
     "mutransfer": ("tools.mutransfer", "muP: does the best learning rate stay put as the model gets wider?"),
-    "finetune": ("finetune.commands", "instruction tuning: prepare data, show its mask"),
+    "finetune": ("tools.finetune", "instruction tuning: prepare data, show its mask, run, export"),
     "convert": ("tools.convert", "checkpoints: Hugging Face <-> Megatron, any TP and PP"),
     "generate": ("tools.generate", "complete or infill code with a Hugging Face checkpoint"),
     "chat": ("tools.chat", "talk to a Hugging Face checkpoint"),

@@ -1,0 +1,58 @@
+"""From chat data to an exported model by the commands alone: prepare, run (an adapter, on two ranks), export."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron.crystalcoder.checkpoint.adapter import read_adapter
+from megatron.crystalcoder.checkpoint.open import open_checkpoint
+from support.checkpoints import distinct_weights, save_hf
+from support.reference_model import TINY
+from tools.cli import main
+
+CONFIG = replace(TINY, vocab_size=1024)
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as status:
+        main([str(argument) for argument in arguments])
+    return int(status.value.code or 0)
+
+
+def test_the_whole_way(tmp_path: Path, tokenizer_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The exported weights are base + alpha / r * B A of the best checkpoint; tokenizer and template come along."""
+    weights = distinct_weights(CONFIG)
+    hf = save_hf(tmp_path / "hf", weights, CONFIG)
+    shutil.copyfile(tokenizer_file, hf / "tokenizer.json")
+    pairs = [{"prompt": f"Add {i} and {i + 1}", "completion": f"The sum is {2 * i + 1}."} for i in range(40)]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    data, save, out = tmp_path / "data", tmp_path / "run", tmp_path / "out"
+    options = ("--max-seq-length", 64, "--packing", "best-fit", "--valid", 0.2, "--system", "")
+    assert run("finetune", "prepare", tmp_path / "pairs.json", "--out", data, "--tokenizer", hf, *options) == 0
+    how = ("--iters", 2, "--global-batch-size", 2, "--tp", 2, "--eval-interval", 1, "--lora-rank", 2)
+    assert run("finetune", "run", data, "--load", hf, "--save", save, *how, "--lora-alpha", 8) == 0
+    assert run("finetune", "export", save, "--to", out, "--best") == 0
+    assert "its adapter merged" in capsys.readouterr().out
+
+    adapter = read_adapter(out / "adapter", CONFIG)
+    assert adapter.settings.scale == 4.0
+    exported = open_checkpoint(out).weights
+    for name, weight in weights.items():
+        expected = weight
+        if name.removesuffix(".weight") in adapter.matrices:
+            a, b = adapter.matrices[name.removesuffix(".weight")]
+            expected = weight + 4.0 * (b @ a).t()
+        torch.testing.assert_close(exported.read(name), expected, atol=1e-6, rtol=0, msg=name)
+    assert (out / "tokenizer.json").read_bytes() == tokenizer_file.read_bytes()
+    assert (out / "chat_format.yaml").is_file()
+
+    assert run("finetune", "export", save, "--to", out) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert run("finetune", "run", tmp_path, "--load", hf, "--save", save) == 2
+    assert "holds no prepare.json" in capsys.readouterr().err
