@@ -95,6 +95,7 @@ def download(
 def parquet2jsonl(
     source: Annotated[Path, typer.Argument(help="Folder of <language>/*.parquet")],
     out: Out,
+    on_error: Annotated[OnError, typer.Option(help="At a damaged file: stop, or skip and list it")] = OnError.stop,
     processes: Processes = 1,
     overwrite: Overwrite = False,
     engine: Engine = EngineKind.local,
@@ -104,7 +105,10 @@ def parquet2jsonl(
     from data_prep.parquet2jsonl import parquet_to_jsonl
 
     with run_on(engine.value, engine_option or ()):
-        _report(out, parquet_to_jsonl(_existing(source), out, processes=processes, overwrite=overwrite))
+        manifest = parquet_to_jsonl(
+            _existing(source), out, on_error=on_error.value, processes=processes, overwrite=overwrite
+        )
+        _report(out, manifest)
 
 
 @app.command()

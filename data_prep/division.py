@@ -7,13 +7,12 @@ stay in one piece, and so does what lies behind a URL.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from itertools import accumulate
 
 from data_prep.errors import InputError
 from data_prep.sources import Part, Source
-from data_prep.streams import is_url, open_bytes
+from data_prep.streams import is_url, open_bytes, size_of
 
 # Smaller files are not worth it: JSON lines have to be read once to count the lines.
 WORTHWHILE = 16
@@ -26,11 +25,11 @@ def divide(source: Source, part_bytes: int) -> list[tuple[Source, int]]:
     Raises:
         InputError: the file cannot be read.
     """
-    if is_url(source.path):
+    size = size_of(source.path)
+    if size is None:
         return [(source, part_bytes)]
-    size = os.path.getsize(source.path)
     parts: list[tuple[Part, int]] = []
-    if part_bytes and size > WORTHWHILE * part_bytes:
+    if part_bytes and size > WORTHWHILE * part_bytes and not is_url(source.path):
         if source.path.endswith(".jsonl"):
             parts = list(line_parts(source.path, part_bytes))
         elif source.path.endswith(".parquet"):

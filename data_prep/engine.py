@@ -25,7 +25,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.errors import InputError
+from data_prep.errors import InputError, full_disk
 from data_prep.manifest import MANIFEST, Record, fingerprint_of, finished_manifest, write_manifest
 
 TASKS = ".tasks"
@@ -142,9 +142,12 @@ def run_step(
                 advance(number)
     except LostTasks:
         raise
-    except InputError:
+    except (InputError, OSError, RuntimeError) as error:
         if not num_done:
             _leave(out)
+        if reason := full_disk(error):
+            remedy = "make room and run the same command again, what is done is kept"
+            raise InputError(f"{out}: cannot be written ({reason}): {remedy}") from None
         raise
     records = [json.loads((folder / f"{task.name}.json").read_bytes()) for task in everything]
     manifest = write_manifest(step, out, fingerprint, settings, records)

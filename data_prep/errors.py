@@ -7,6 +7,7 @@ It lives in the lowest room because every room raises it.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -23,6 +24,14 @@ EXIT_BAD_INPUT = 2
 
 class InputError(ValueError):
     """The user's input is wrong; the message is one line that says where, what, and the remedy."""
+
+
+def full_disk(error: BaseException) -> str | None:
+    """What the system says if `error` means that a file cannot grow any further, None if it means something else."""
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if getattr(error, "errno", None) == number or f"errno = {number}," in str(error):  # HDF5 has it in its words
+            return os.strerror(number)
+    return None
 
 
 @contextmanager

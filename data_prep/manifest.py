@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import InputError
+from data_prep.streams import size_of
 
 MANIFEST = "manifest.json"
 REJECTS = "rejects.jsonl"
@@ -44,8 +45,7 @@ def fingerprint_of(step: str, settings: dict[str, Any]) -> str:
 
 def input_identity(path: str | Path) -> dict[str, Any]:
     """An input as the settings name it: path and size. A changed size makes the step start over."""
-    text = str(path)
-    return {"path": text, "bytes": None if "://" in text else os.path.getsize(text)}
+    return {"path": str(path), "bytes": size_of(str(path))}
 
 
 def finished_manifest(out: Path) -> dict[str, Any] | None:

@@ -11,14 +11,14 @@ import codecs
 import os
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import orjson
 
 from data_prep.engine import Task, run_step
-from data_prep.errors import InputError
+from data_prep.errors import InputError, full_disk
 from data_prep.manifest import Record, input_identity, record
-from data_prep.sources import PARQUET_TEXT_KEY, TEXT_KEY
+from data_prep.sources import PARQUET_TEXT_KEY, TEXT_KEY, Fault
 
 
 class ConvertTask(NamedTuple):
@@ -27,13 +27,21 @@ class ConvertTask(NamedTuple):
     source: str
     target: str
     name: str
+    on_error: Literal["stop", "skip"] = "stop"
 
 
-def parquet_to_jsonl(source: Path, out: Path, *, processes: int = 1, overwrite: bool = False) -> dict[str, Any]:
-    """Convert every parquet file below `source`; the manifest.
+def parquet_to_jsonl(
+    source: Path,
+    out: Path,
+    *,
+    on_error: Literal["stop", "skip"] = "stop",
+    processes: int = 1,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Convert every parquet file below `source`; the manifest. With "skip" a damaged file is left out and listed.
 
     Raises:
-        InputError: no parquet file, or one that is damaged.
+        InputError: no parquet file, or one that is damaged (unless `on_error` is "skip").
     """
     if source.is_file():
         files, root = [source], source.parent
@@ -44,8 +52,8 @@ def parquet_to_jsonl(source: Path, out: Path, *, processes: int = 1, overwrite: 
     tasks = []
     for path in files:
         name = path.relative_to(root).with_suffix(".jsonl").as_posix()
-        tasks.append(Task(name, ConvertTask(str(path), str(out / name), name)))
-    settings = {"inputs": [input_identity(path) for path in files]}
+        tasks.append(Task(name, ConvertTask(str(path), str(out / name), name, on_error)))
+    settings = {"on_error": on_error, "inputs": [input_identity(path) for path in files]}
     return run_step(
         "parquet2jsonl", out, tasks, convert_file, settings=settings, processes=processes, overwrite=overwrite
     )
@@ -77,8 +85,12 @@ def convert_file(task: ConvertTask) -> Record:
                 count += batch.num_rows
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         partial.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{task.source}: row {count + 1} or after: cannot be converted ({reason})") from None
+        if full_disk(error):
+            raise
+        fault = Fault(task.source, f"row {count + 1} or after", f"cannot be converted ({str(error).splitlines()[0]})")
+        if task.on_error == "stop":
+            raise InputError(f"{fault}: fetch the file again, or leave it out with --on-error skip") from None
+        return record(inputs=[task.source], counts={"documents": 0, "files_left_out": 1}, faults=[fault])
     os.replace(partial, target)
     return record(inputs=[task.source], outputs={task.name: {"rows": count}}, counts={"documents": count})
 

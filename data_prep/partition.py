@@ -101,7 +101,7 @@ def partition_file(task: PartitionTask) -> Record:
                     if folder not in writers:
                         writers[folder] = stack.enter_context(_zstd_writer(_partial(task, folder)))
                     writers[folder].write(line if line.endswith(b"\n") else line + b"\n")
-        except InputError:
+        except BaseException:
             for folder in writers:
                 _partial(task, folder).unlink()
             raise

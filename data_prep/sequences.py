@@ -15,6 +15,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -127,7 +128,8 @@ class SequenceWriter:
 
     def discard(self) -> None:
         """Delete what was written; the name stays as it was."""
-        self._file.close()
+        with suppress(OSError, RuntimeError):  # on a full disk it cannot be written to its end either
+            self._file.close()
         self._partial.unlink(missing_ok=True)
 
     def __enter__(self) -> SequenceWriter:
@@ -136,9 +138,13 @@ class SequenceWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
-        else:
+        try:
+            if kind is None:
+                self.close()
+        except BaseException:
+            self.discard()
+            raise
+        if kind is not None:
             self.discard()
 
 

@@ -7,21 +7,24 @@ the first one (default) or keeps it on a list and goes on. Nothing is dropped si
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 import orjson
 
 from data_prep.errors import InputError
 from data_prep.manifest import MANIFEST, REJECTS
-from data_prep.streams import is_url, open_bytes
+from data_prep.streams import ZstdStream, filesystem, is_url, open_bytes
 
 LINES_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 JSON_SUFFIXES = (".json", ".json.gz", ".json.zst")
-DATA_SUFFIXES = (*LINES_SUFFIXES, *JSON_SUFFIXES, ".parquet", ".txt")
+ARCHIVE_SUFFIX = ".jsonl.zst.tar"  # as lm_dataformat writes: a tar archive of .jsonl.zst files
+DATA_SUFFIXES = (*LINES_SUFFIXES, *JSON_SUFFIXES, ARCHIVE_SUFFIX, ".parquet", ".txt")
 TEXT_KEY = "text"
 # What a step leaves beside its output is no corpus.
 OWN_FILES = (MANIFEST, REJECTS)
@@ -57,7 +60,7 @@ class Fault:
     """A record that is no document."""
 
     path: str
-    place: str  # "12" (line), "row 7", "element 3"
+    place: str  # "12" (line), "row 7", "element 3"; "after 12": the file cannot be read further
     reason: str
 
     def __str__(self) -> str:
@@ -80,8 +83,8 @@ class FaultPolicy:
 def discover(inputs: Sequence[str | Path], text_suffixes: Sequence[str] = ()) -> list[Source]:
     """The files of a corpus, sorted by name within each input, in the order of `inputs`.
 
-    A folder contributes all files below it that end in one of DATA_SUFFIXES or `text_suffixes` (".py", for code trees);
-    a file or a URL stands for itself.
+    A folder, here or behind a URL, contributes all files below it that end in one of DATA_SUFFIXES or `text_suffixes`
+    (".py", for code trees); a file stands for itself.
 
     Raises:
         InputError: an input that is not there, or a folder without such files.
@@ -91,23 +94,33 @@ def discover(inputs: Sequence[str | Path], text_suffixes: Sequence[str] = ()) ->
         prefix = f"{number}/" if len(inputs) > 1 else ""
         path = Path(given)
         if is_url(str(given)):
-            sources.append(Source(str(given), prefix + str(given).rsplit("/", 1)[-1]))
+            folder, names = str(given).rstrip("/"), _files_behind(str(given))
         elif path.is_dir():
-            suffixes = (*DATA_SUFFIXES, *text_suffixes)
-            files = (
-                p for p in path.rglob("*") if p.name.endswith(suffixes) and p.name not in OWN_FILES and p.is_file()
-            )
-            found = sorted(p.relative_to(path).as_posix() for p in files)
-            if not found:
-                raise InputError(
-                    f"{path}: holds no file that ends in {', '.join(suffixes)} (--text-suffixes adds more)"
-                )
-            sources.extend(Source(str(path / name), prefix + name) for name in found)
+            folder, names = str(path), [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()]
         elif path.exists():
-            sources.append(Source(str(path), prefix + path.name))
+            folder, names = "", None
         else:
             raise InputError(f"{path}: no such file or folder")
+        if names is None:
+            sources.append(Source(str(given), prefix + str(given).rsplit("/", 1)[-1]))
+            continue
+        suffixes = (*DATA_SUFFIXES, *text_suffixes)
+        found = sorted(n for n in names if n.endswith(suffixes) and n.rsplit("/", 1)[-1] not in OWN_FILES)
+        if not found:
+            raise InputError(f"{given}: holds no file that ends in {', '.join(suffixes)} (--text-suffixes adds more)")
+        sources.extend(Source(f"{folder}/{name}", prefix + name) for name in found)
     return sources
+
+
+def _files_behind(url: str) -> list[str] | None:
+    """The names of all files below a URL that is a folder; None if it is a file."""
+    system, path = filesystem(url)
+    try:
+        if not system.isdir(path):
+            return None
+        return [name.removeprefix(path.rstrip("/") + "/") for name in system.find(path)]
+    except OSError as error:
+        raise InputError(f"{url}: cannot be listed ({error.strerror or error})") from None
 
 
 def read_documents(
@@ -120,20 +133,36 @@ def read_documents(
     is one document.
 
     Raises:
-        InputError: at a file that cannot be read to its end, and at a bad record when `faults` says "stop".
+        InputError: at a file that cannot be read to its end and at a bad record, when `faults` says "stop".
     """
-    path = str(path)
+    path, number = str(path), 0
+    try:
+        for document in _documents(path, faults, text_key, part):
+            number = document.number + 1
+            yield document
+    except InputError as error:  # with "skip" that is the file, not a record
+        if faults.on_error == "stop":
+            raise
+        faults(Fault(path, f"after {number}", f"{str(error).removeprefix(path).lstrip(': ')}; the rest is left out"))
+
+
+def _documents(path: str, faults: FaultPolicy, text_key: str | None, part: Part | None) -> Iterator[Document]:
     if path.endswith(".parquet"):
         keys = [text_key] if text_key else [TEXT_KEY, PARQUET_TEXT_KEY]
         yield from _parquet_documents(path, faults, keys, part)
     elif path.endswith(LINES_SUFFIXES):
         with open_bytes(path) as stream:
-            yield from _line_documents(path, stream, faults, text_key or TEXT_KEY, part)
+            yield from _line_documents(path, _lines(stream, part), faults, text_key or TEXT_KEY)
+    elif path.endswith(ARCHIVE_SUFFIX):
+        with open_bytes(path) as stream:
+            yield from _line_documents(path, _archived_lines(path, stream), faults, text_key or TEXT_KEY)
     elif path.endswith(JSON_SUFFIXES):
         with open_bytes(path) as stream:
             start = stream.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]  # type: ignore[attr-defined]
-            read = _array_documents if start == b"[" else _line_documents
-            yield from read(path, stream, faults, text_key or TEXT_KEY)
+            if start == b"[":
+                yield from _array_documents(path, stream, faults, text_key or TEXT_KEY)
+            else:
+                yield from _line_documents(path, enumerate(stream), faults, text_key or TEXT_KEY)
     else:
         with open_bytes(path) as stream:
             try:
@@ -142,10 +171,8 @@ def read_documents(
                 faults(Fault(path, f"byte {error.start}", "is not UTF-8"))
 
 
-def _line_documents(
-    path: str, stream: BinaryIO, faults: FaultPolicy, key: str, part: Part | None = None
-) -> Iterator[Document]:
-    for number, line in _lines(stream, part):
+def _line_documents(path: str, lines: Iterator[tuple[int, bytes]], faults: FaultPolicy, key: str) -> Iterator[Document]:
+    for number, line in lines:
         if number == 0:
             line = line.removeprefix(b"\xef\xbb\xbf")
         record, reason = parse_record(line)
@@ -166,6 +193,26 @@ def _lines(stream: BinaryIO, part: Part | None) -> Iterator[tuple[int, bytes]]:
         position += len(line)
         if position >= part.stop:
             return
+
+
+def _archived_lines(path: str, stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """The lines of all members of an archive, numbered through."""
+    number = 0
+    try:
+        stream.seek(-512, 2)
+        if any(stream.read(512)):  # tarfile takes a cut between two members for the end
+            raise tarfile.ReadError("its end is missing")
+        stream.seek(0)
+        with tarfile.open(fileobj=stream, mode="r|") as archive:
+            for member in archive:
+                content = archive.extractfile(member)
+                if content is None:  # a folder
+                    continue
+                for line in io.BufferedReader(ZstdStream(cast(BinaryIO, content))):
+                    yield number, line
+                    number += 1
+    except (tarfile.TarError, OSError) as error:
+        raise InputError(f"{path}: is not a whole archive, after line {number} ({error}): fetch it again") from None
 
 
 def parse_record(line: bytes) -> tuple[Any, str]:

@@ -6,6 +6,7 @@ A file that ends too early is an error here, never a short file: a truncated dow
 from __future__ import annotations
 
 import io
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any, BinaryIO, cast
 import zstandard
 from isal import igzip
 
-from data_prep.errors import InputError
+from data_prep.errors import InputError, full_disk
 
 READ_SIZE = 1 << 20
 
@@ -25,7 +26,38 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
-class _ZstdStream(io.RawIOBase):
+def filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path there.
+
+    Raises:
+        InputError: no such protocol, or its package is not installed.
+    """
+    import fsspec
+
+    try:
+        system, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"{url}: cannot be opened ({error}): install what fsspec needs for it") from None
+    return system, path
+
+
+def size_of(path: str) -> int | None:
+    """Bytes of a file, None where a server does not tell.
+
+    Raises:
+        InputError: it is not there.
+    """
+    try:
+        if not is_url(path):
+            return os.path.getsize(path)
+        system, there = filesystem(path)
+        size: int | None = system.info(there).get("size")
+        return size
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+class ZstdStream(io.RawIOBase):
     """Decompressed bytes of all frames of a zstd stream.
 
     zstandard's own reader takes a cut-off last frame for the end of the file; this one raises EOFError.
@@ -71,16 +103,15 @@ def open_bytes(path: str) -> Iterator[BinaryIO]:
     """
     try:
         if is_url(path):
-            import fsspec
-
-            raw = cast(BinaryIO, fsspec.open(path, "rb").open())
+            system, there = filesystem(path)
+            raw = cast(BinaryIO, system.open(there, "rb"))
         else:
             raw = Path(path).open("rb")  # noqa: SIM115 - closed by `with raw` below
         with raw:
             if path.endswith(".gz"):
                 yield cast(BinaryIO, igzip.IGzipFile(fileobj=raw, mode="rb"))
-            elif path.endswith((".zst", ".zst.tar")):
-                yield cast(BinaryIO, io.BufferedReader(_ZstdStream(raw), READ_SIZE))
+            elif path.endswith(".zst"):
+                yield cast(BinaryIO, io.BufferedReader(ZstdStream(raw), READ_SIZE))
             else:
                 yield raw
     except InputError:
@@ -90,4 +121,6 @@ def open_bytes(path: str) -> Iterator[BinaryIO]:
     except (EOFError, zstandard.ZstdError, zlib.error, igzip.BadGzipFile) as error:
         raise InputError(f"{path}: damaged or cut off ({error}): fetch it again") from None
     except OSError as error:
+        if full_disk(error):  # of what is written while this is open
+            raise
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None

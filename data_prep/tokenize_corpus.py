@@ -125,10 +125,7 @@ def tokenize_corpus(
 
 
 def group_by_size(sources: list[Source], shard_bytes: int) -> Iterator[tuple[Source, ...]]:
-    """Consecutive files, or parts of large ones, in groups that end when they reach `shard_bytes`.
-
-    A URL, of unknown size, stands alone.
-    """
+    """Consecutive files, or parts of large ones, in groups that end when they reach `shard_bytes`."""
     group: list[Source] = []
     size = 0
     for part, part_size in chain.from_iterable(divide(source, shard_bytes) for source in sources):

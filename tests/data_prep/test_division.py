@@ -77,7 +77,8 @@ def test_what_stays_whole(tmp_path: Path) -> None:
     assert divide(source, 63) == [(source, 1000)]
     assert len(divide(source, 62)) == 17
     assert divide(source, 0) == [(source, 1000)]
-    assert divide(Source("memory://a.jsonl", "a.jsonl"), 10) == [(Source("memory://a.jsonl", "a.jsonl"), 10)]
+    remote = Source((tmp_path / "a.jsonl").as_uri(), "a.jsonl")
+    assert divide(remote, 10) == [(remote, 1000)]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])

@@ -1,0 +1,130 @@
+"""Files that cannot be read or written to their end: named in one line, or skipped and listed; nothing half-written."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import fsspec
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from data_prep.commands import main
+from data_prep.errors import InputError
+from data_prep.sources import FaultPolicy, discover, read_documents
+
+
+def lines(*texts: str) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+def test_an_archive(tmp_path: Path) -> None:
+    """Members one after the other, lines numbered through; cut off, it is named."""
+    path = tmp_path / "a.jsonl.zst.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, content in (("x/1.jsonl.zst", lines("one", "two")), ("x/2.jsonl.zst", lines("three" * 9999))):
+            packed = zstandard.compress(content)
+            member = tarfile.TarInfo(name)
+            member.size = len(packed)
+            archive.addfile(member, io.BytesIO(packed))
+    assert [source.name for source in discover([tmp_path])] == [path.name]
+    assert list(read_documents(path, FaultPolicy())) == [(0, "one"), (1, "two"), (2, "three" * 9999)]
+    path.write_bytes(path.read_bytes()[:1100])
+    with pytest.raises(InputError, match=r"a\.jsonl\.zst\.tar: .*fetch it again"):
+        list(read_documents(path, FaultPolicy()))
+
+
+def test_behind_a_url(tmp_path: Path, tokenizer_file: Path) -> None:
+    """A folder behind a URL is listed like one here, and gives the same sequences."""
+    memory = fsspec.filesystem("memory")
+    (tmp_path / "in/sub").mkdir(parents=True)
+    for name, content in (("b.jsonl", lines("one", "two")), ("sub/a.jsonl.zst", zstandard.compress(lines("three")))):
+        (tmp_path / "in" / name).write_bytes(content)
+        memory.pipe(f"/corpus/{name}", content)
+    assert [s.name for s in discover(["memory://corpus"])] == [s.name for s in discover([tmp_path / "in"])]
+    for source, out in (("memory://corpus", "remote"), (str(tmp_path / "in"), "local")):
+        main(["tokenize", source, "--out", str(tmp_path / out), "--tokenizer", str(tokenizer_file)])
+    counts = [json.loads((tmp_path / out / "manifest.json").read_text())["counts"] for out in ("remote", "local")]
+    assert counts[0] == counts[1]
+    assert counts[0]["documents"] == 3
+    for url, message in (
+        ("memory://corpus/none.jsonl", "none.jsonl: "),
+        ("nope://x/a.jsonl", "cannot be opened .Protocol not known"),
+    ):
+        with pytest.raises(InputError, match=message):
+            main(["tokenize", url, "--out", str(tmp_path / "x"), "--tokenizer", str(tokenizer_file)])
+
+
+def test_damaged_files_are_skipped_and_listed(tmp_path: Path, tokenizer_file: Path) -> None:
+    """What can be read of them is kept. Planted: such files always stop the step -> fails."""
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "a.jsonl.zst").write_bytes(zstandard.compress(lines(*map(str, range(9000))))[:-30])
+    table = pyarrow.table({"text": ["x" * 99] * 9})
+    pyarrow.parquet.write_table(table, source / "whole.parquet")
+    (source / "b.parquet").write_bytes((source / "whole.parquet").read_bytes()[:-40])
+    (source / "c.jsonl").write_bytes(b"")
+    command = ["tokenize", str(source), "--out", str(tmp_path / "out"), "--tokenizer", str(tokenizer_file)]
+    with pytest.raises(InputError, match=r"a\.jsonl\.zst: damaged or cut off"):
+        main(command)
+    main([*command, "--on-error", "skip"])
+    rejects = [json.loads(line) for line in (tmp_path / "out/rejects.jsonl").open()]
+    assert [Path(reject["file"]).name for reject in rejects] == ["a.jsonl.zst", "b.parquet"]
+    assert all(
+        reject["place"].startswith("after ") and "the rest is left out" in reject["reason"] for reject in rejects
+    )
+    counts = json.loads((tmp_path / "out/manifest.json").read_text())["counts"]
+    assert counts["rejected"] == 2
+    assert counts["documents"] >= 9
+    with pytest.raises(InputError, match=r"b\.parquet:row 1 or after: .*--on-error skip"):
+        main(["parquet2jsonl", str(source), "--out", str(tmp_path / "lines")])
+    main(["parquet2jsonl", str(source), "--out", str(tmp_path / "lines"), "--on-error", "skip"])
+    assert sorted(p.name for p in (tmp_path / "lines").iterdir()) == ["manifest.json", "rejects.jsonl", "whole.jsonl"]
+
+
+def test_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulated: who runs tests as root may read everything."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(InputError, match=r"a\.jsonl: cannot be read .Permission denied"):
+        list(read_documents(tmp_path / "a.jsonl", FaultPolicy()))
+
+
+@pytest.mark.parametrize("step", ["tokenize", "parquet2jsonl", "partition"])
+def test_a_full_disk(tmp_path: Path, tokenizer_file: Path, repo_root: Path, step: str) -> None:
+    """A limit on a file's size stands for it: one line, exit 2, nothing left; with room the same command works.
+
+    Planted: no `full_disk` in the engine -> a traceback, fails.
+    """
+    texts = [os.urandom(40_000).hex() for _ in range(5)]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jsonl").write_bytes(lines(*texts))
+    pyarrow.parquet.write_table(pyarrow.table({"content": texts}), tmp_path / "in/a.parquet")
+    options = {
+        "tokenize": [str(tmp_path / "in/a.jsonl"), "--tokenizer", str(tokenizer_file)],
+        "parquet2jsonl": [str(tmp_path / "in")],
+        "partition": [str(tmp_path / "in/a.jsonl"), "--valid", "0.5"],
+    }[step]
+    command = [sys.executable, "-m", "tools.cli", "data", step, *options, "--out", str(tmp_path / "out")]
+    limit = 20_000
+
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, preexec_fn=small_files)
+    assert done.returncode == 2, done.stderr
+    assert "cannot be written (File too large): make room" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+    assert subprocess.run(command, cwd=repo_root, capture_output=True).returncode == 0
