@@ -34,7 +34,7 @@ ODD = replace(TINY, ffn_hidden_size=170, vocab_size=250)
 def test_every_format_computes_the_formulas(
     tmp_path: Path, config: ModelConfig, format_: Any, layout: dict[str, Any]
 ) -> None:
-    """Against fp64 formulas; measured 4e-6."""
+    """Against fp64 formulas; measured 1.4e-5."""
     weights = distinct_weights(config)
     convert(save_hf(tmp_path / "hf", weights, config), tmp_path / "out", format=format_, **layout)
     tokens_bs = torch.randint(0, config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
