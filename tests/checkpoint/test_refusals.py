@@ -108,7 +108,7 @@ def _edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
         (lambda c: c["model"].pop("decoder.layers.1.mlp.linear_fc1.bias"), "linear_fc1.bias is missing"),
         (lambda c: c["model"].update(x=torch.ones(2)), "tensor x does not belong"),
         (lambda c: c["model"].update({"decoder.layers.0.mlp.linear_fc1.bias": torch.ones(9)}), "has shape [9]"),
-        (lambda c: c["model"]["decoder.layers.0.mlp.linear_fc1.bias"].div_(0), "mlp.c_fc2.bias has NaN or inf"),
+        (lambda c: c["model"]["decoder.layers.0.mlp.linear_fc1.bias"][0].div_(0), "mlp.c_fc2.bias has NaN or inf"),
         (lambda c: c["model"]["output_layer.weight"].add_(1), "the embedding on the first pipeline stage"),
         (lambda c: c.update(model={"language_model": {}}), "does not hold the same kind of `model`"),
         (lambda c: c.update(spy=Foreign()), "refused to unpickle class test_refusals.Foreign"),

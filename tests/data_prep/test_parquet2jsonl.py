@@ -34,7 +34,7 @@ def finite(value: Any) -> Any:
 def test_lines(row: dict[str, Any]) -> None:
     """ASCII, compact, slashes escaped, NaN as null; the value comes back, and strings are spelt as Python's json does.
 
-    Planted: `\\U%08x` for characters beyond the first plane -> fails; NaN kept -> fails; slashes left -> fails.
+    Planted: `\\U%08x` for characters beyond the first plane -> fails; slashes left -> fails.
     """
     line = json_line(row)
     assert json.loads(line) == finite(row)

@@ -1,6 +1,6 @@
 """LoRA against a plain fp64 loop that trains A and B of merged weights, at every layout; its files against PEFT.
 
-Seen: loss within 3e-7.
+Seen: loss within 1.02e-6.
 """
 
 from __future__ import annotations
