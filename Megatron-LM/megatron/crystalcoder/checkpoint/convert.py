@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,11 +25,14 @@ from megatron.crystalcoder.checkpoint.layout import Layout, layout_args, make_la
 from megatron.crystalcoder.checkpoint.logits import NUM_PROMPTS, compare_logits, refuse_other_logits
 from megatron.crystalcoder.checkpoint.megatron_args import to_args
 from megatron.crystalcoder.checkpoint.open import Checkpoint, open_checkpoint
+from megatron.crystalcoder.checkpoint.placement import combined
 from megatron.crystalcoder.checkpoint.progress import progress_bar
+from megatron.crystalcoder.checkpoint.tensor_files import Inert, describe_torch
+from megatron.crystalcoder.checkpoint.torch_dist_reader import COMMON, open_optimizer
 from megatron.crystalcoder.checkpoint.torch_dist_writer import lay_out_torch_dist
 from megatron.crystalcoder.checkpoint.torch_writer import lay_out_torch
 from megatron.crystalcoder.checkpoint.transfer import MAX_QUEUE_SIZE, Transfer, default_workers
-from megatron.crystalcoder.checkpoint.weights import DTypes
+from megatron.crystalcoder.checkpoint.weights import DTypes, logical_shapes
 from megatron.crystalcoder.model.config import ModelConfig
 
 TargetFormat = Literal["hf", "torch", "torch_dist", "legacy"]
@@ -85,9 +89,14 @@ def convert(
         )
     else:
         config = config.unpadded
-    stored = checkpoint.weights.stored
-    dtypes = {name: dtype or entry.dtype for name, entry in stored.items()}
-    needed = sum(torch.Size(entry.shape).numel() * dtypes[name].itemsize for name, entry in stored.items())
+    sets = {"": checkpoint.weights}
+    if checkpoint.format == format == "torch_dist" and not release:
+        sets |= open_optimizer(checkpoint.folder, checkpoint.config)
+    if dtype is not None and len(sets) > 1:
+        raise InputError(f"{source}: --dtype casts weights and not optimizer state: add --release to leave that behind")
+    everything = combined(sets)
+    dtypes = {name: dtype or entry.dtype for name, entry in everything.stored.items()}
+    needed = sum(torch.Size(x.shape).numel() * dtypes[name].itemsize for name, x in everything.stored.items())
     files_from = tokenizer_directory(checkpoint, hf_config)
     report(f"{source}: {checkpoint.format}, {config.unpadded.num_parameters:,} parameters")
     job = {
@@ -97,7 +106,7 @@ def convert(
     with new_directory(target, overwrite=overwrite, job=job) as partial:
         if not partial.is_laid_out:
             _refuse_full_disk(partial.path, target, needed)
-            _lay_out(partial.path, format, config, layout, dtypes, release)
+            _lay_out(partial.path, checkpoint, format, config, layout, dtypes, list(sets), release)
             partial.laid_out()
         companions = partial.path if format == "hf" else partial.path / HF_FILES
         companions.mkdir(exist_ok=True)
@@ -105,7 +114,10 @@ def convert(
         if format == "hf":
             write_code(partial.path)
         written = open_checkpoint(partial.path)
-        transfer = Transfer(checkpoint.weights, written.weights, str(source), verify=verify, resume=partial.is_laid_out)
+        places = {"": written.weights}
+        if len(sets) > 1:
+            places |= open_optimizer(written.folder, written.config)
+        transfer = Transfer(everything, combined(places), str(source), verify=verify, resume=partial.is_laid_out)
         with progress_bar(transfer.nbytes, target.name) as advance:
             transfer.run(workers=workers or default_workers(), max_queue_size=max_queue_size, progress=advance)
         written = open_checkpoint(partial.path)
@@ -113,11 +125,13 @@ def convert(
             raise RuntimeError(f"{target}: the configuration was not written as it was read")
         if verify and logits:
             difference = compare_logits(checkpoint, written, config.unpadded)
-            is_cast = any(dtypes[name] != entry.dtype for name, entry in stored.items())
+            is_cast = any(dtypes[name] != entry.dtype for name, entry in everything.stored.items())
             refuse_other_logits(difference, is_cast=is_cast, where=target)
     checked = ", every tensor read back and equal" if verify else ""
     stored_dtype = str(dtypes["transformer.wte.weight"]).removeprefix("torch.")
     report(f"{target}: {format}{f' {layout}' if layout else ''}, {stored_dtype}{checked}")
+    if len(sets) > 1:
+        report(f"with the optimizer state of iteration {checkpoint.iteration}, from which training goes on")
     if verify and logits:
         report(f"logits on {NUM_PROMPTS} prompts: {difference}")
     for line in _padding_notes(config):
@@ -167,29 +181,54 @@ def _padding_notes(config: ModelConfig) -> list[str]:
 
 
 def _lay_out(
-    folder: Path, format: TargetFormat, config: ModelConfig, layout: Layout | None, dtypes: DTypes, release: bool
+    folder: Path,
+    checkpoint: Checkpoint,
+    format: TargetFormat,
+    config: ModelConfig,
+    layout: Layout | None,
+    dtypes: DTypes,
+    prefixes: list[str],
+    release: bool,
 ) -> None:
-    """Make all of the target's files, with zeros for the tensors' values."""
+    """Make all of the target's files, with zeros for the tensors' values. prefixes: "" and the optimizer state's."""
     if layout is None:
         lay_out_hf(folder, config, dtypes)
         return
-    iteration = 0 if release else _ITERATION
+    is_run = len(prefixes) > 1
+    iteration = checkpoint.iteration if is_run else 0 if release else _ITERATION
     inner = folder / RELEASE if release else iteration_directory(folder, iteration)
     args = to_args(
         config,
         layout.tensor_parallel,
         layout.pipeline_parallel,
         dtype=dtypes["transformer.wte.weight"],
-        converted=True,
+        converted=not is_run,
         iteration=iteration,
         use_mcore_models=format != "legacy",
         **layout_args(layout),
     )
     if format == "torch_dist":
-        lay_out_torch_dist(inner, config, dtypes, args, iteration)
+        run = _run_state(checkpoint, args) if is_run else {}
+        names = logical_shapes(config)
+        sets = {prefix: {name: dtypes[prefix + name] for name in names} for prefix in prefixes}
+        lay_out_torch_dist(inner, config, sets, args, iteration, run)
     else:
         lay_out_torch(inner, config, dtypes, args, iteration, layout, "legacy" if format == "legacy" else "mcore")
     write_tracker(folder, RELEASE if release else iteration)
+
+
+def _run_state(checkpoint: Checkpoint, args: argparse.Namespace) -> dict[str, Any]:
+    """What common.pt holds of a run beside its weights; `args` takes over what the run has recorded there.
+
+    Random states belong to the ranks of the old layout and stay behind, which `args` says.
+    """
+    own = vars(args)
+    recorded = {k: v for k, v in vars(checkpoint.args).items() if k not in own and not isinstance(v, Inert)}
+    for name in ("consumed_train_samples", "consumed_valid_samples", "seq_length"):
+        recorded[name] = getattr(checkpoint.args, name, own[name])
+    own.update(recorded, has_rng_state=False)
+    common = describe_torch(checkpoint.folder / COMMON)
+    return {key: common[key] for key in ("optimizer", "opt_param_scheduler", "content_metadata") if key in common}
 
 
 def _source_files(checkpoint: Checkpoint) -> list[Path]:

@@ -141,6 +141,13 @@ class BlockWeights:
         return tensor
 
 
+def combined(sets: Mapping[str, BlockWeights]) -> BlockWeights:
+    """Several sets of tensors as one: each tensor's name with its set's prefix before it."""
+    stored = {prefix + name: entry for prefix, weights in sets.items() for name, entry in weights.stored.items()}
+    (config,) = {weights.config for weights in sets.values()}
+    return BlockWeights(config, stored, [record for weights in sets.values() for record in weights.records])
+
+
 class Placement:
     """Collects the blocks of a Megatron checkpoint."""
 

@@ -24,8 +24,10 @@ from megatron.crystalcoder.model.config import ModelConfig
 
 METADATA, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
 _LAYERS = "decoder.layers."
+_OPTIMIZER = "optimizer."
+_STATE = "optimizer.state."
 # Training saves them beside the weights.
-NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state_machine_state", "opt_param_scheduler")
+NOT_WEIGHTS = (_OPTIMIZER, "rng_state", "rerun_state_machine_state", "opt_param_scheduler")
 
 
 def stacked(name: str) -> tuple[str, int | None]:
@@ -39,11 +41,39 @@ def stacked(name: str) -> tuple[str, int | None]:
 def open_torch_dist(path: Path, config: ModelConfig) -> BlockWeights:
     """The weights of a `torch_dist` checkpoint, whatever TP and PP it was written at. Reads headers only."""
     metadata = read_metadata(path)
-    entries = {
-        key: entry
-        for key, entry in metadata.state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata) and not key.startswith(NOT_WEIGHTS)
-    }
+    tensors = _tensor_entries(metadata)
+    return _open(path, config, metadata, {k: v for k, v in tensors.items() if not k.startswith(NOT_WEIGHTS)}, "")
+
+
+def open_optimizer(path: Path, config: ModelConfig) -> dict[str, BlockWeights]:
+    """The optimizer state beside the weights: for each kind, by its prefix, tensors named and shaped like the weights.
+
+    Kinds are Adam's moments and, in training with bf16 or the distributed optimizer, fp32 weights. Empty where there is
+    no state. Raises InputError for state that is not stored parameter by parameter.
+    """
+    metadata = read_metadata(path)
+    kinds: dict[str, dict[str, TensorStorageMetadata]] = {}
+    for key, entry in _tensor_entries(metadata).items():
+        if key.startswith(_OPTIMIZER):
+            kind, _, name = key.removeprefix(_STATE).partition(".")
+            if not key.startswith(_STATE) or not name.startswith(("decoder.", "embedding.", "output_layer.")):
+                raise InputError(
+                    f"{path}: the optimizer state ({key}) is stored by ranks and not by parameters: save it as "
+                    "`fully_reshardable`, or leave it behind with --release"
+                )
+            kinds.setdefault(f"{_STATE}{kind}.", {})[name] = entry
+    return {prefix: _open(path, config, metadata, entries, prefix) for prefix, entries in kinds.items()}
+
+
+def _tensor_entries(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    entries = metadata.state_dict_metadata.items()
+    return {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
+
+
+def _open(
+    path: Path, config: ModelConfig, metadata: Metadata, entries: dict[str, TensorStorageMetadata], prefix: str
+) -> BlockWeights:
+    """One set of tensors, by their names without the prefix under which they are stored."""
     # A model whose layers differ is stored layer by layer; both ways are read.
     is_stacked = f"{_LAYERS}0.mlp.linear_fc1.weight" not in entries
     expected: dict[str, tuple[int, ...]] = {}
@@ -59,7 +89,7 @@ def open_torch_dist(path: Path, config: ModelConfig) -> BlockWeights:
     check_shapes({key: tuple(entry.size) for key, entry in entries.items()}, expected, path)
     placement = Placement(config, path)
     chunks: dict[str, list[tuple[tuple[int, ...], TensorRef]]] = {
-        key: list(_chunks(path, key, entry, metadata)) for key, entry in entries.items()
+        key: list(_chunks(path, prefix + key, entry, metadata)) for key, entry in entries.items()
     }
     for row, key, layer in located:
         for offsets, ref in chunks[key]:

@@ -10,6 +10,7 @@ import io
 import json
 import pickle
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,24 +38,34 @@ _LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.line
 
 
 def lay_out_torch_dist(
-    iteration_dir: Path, config: ModelConfig, dtypes: DTypes, args: argparse.Namespace, iteration: int
+    iteration_dir: Path,
+    config: ModelConfig,
+    sets: Mapping[str, DTypes],
+    args: argparse.Namespace,
+    iteration: int,
+    run: Mapping[str, Any],
 ) -> None:
-    """Fill `iteration_dir` with .metadata, *.distcp, common.pt and metadata.json; values zero, checksums to come."""
+    """Fill `iteration_dir` with .metadata, *.distcp, common.pt and metadata.json; values zero, checksums to come.
+
+    sets: the weights' dtypes under the prefix "", and those of optimizer state like them under its own. run: what
+    common.pt holds of a run beside its weights.
+    """
     iteration_dir.mkdir(parents=True)
     data = DistFiles(iteration_dir)
-    for row in stage_rows(config):
-        key, layer = stacked(row.sharded_name)
-        shape = megatron_shape(row, config)
-        if layer is None:
-            data.add_tensor(key, shape, (0,) * len(shape), shape, megatron_dtype(row, dtypes))
-        else:
-            size, offsets = (config.num_layers, *shape), (layer, *[0] * len(shape))
-            data.add_tensor(key, size, offsets, (1, *shape), megatron_dtype(row, dtypes))
+    for prefix, dtypes in sets.items():
+        for row in stage_rows(config):
+            key, layer = stacked(row.sharded_name)
+            shape, dtype = megatron_shape(row, config), megatron_dtype(row, dtypes)
+            if layer is None:
+                data.add_tensor(prefix + key, shape, (0,) * len(shape), shape, dtype)
+            else:
+                size, offsets = (config.num_layers, *shape), (layer, *[0] * len(shape))
+                data.add_tensor(prefix + key, size, offsets, (1, *shape), dtype)
     for linear in _LINEARS:
         for layer in range(config.num_layers):
             data.add_object(f"decoder.layers.{linear}._extra_state/shard_{layer}_{config.num_layers}", [None])
     data.close()
-    common = {"args": args, "checkpoint_version": CHECKPOINT_VERSION, "iteration": iteration}
+    common = {"args": args, "checkpoint_version": CHECKPOINT_VERSION, "iteration": iteration, **run}
     torch.save(common, iteration_dir / COMMON)
     formats = {
         "sharded_backend": "torch_dist",

@@ -86,8 +86,10 @@ def _go_on(config: TrainConfig, checkpoint: Checkpoint) -> Start:
         Progress(checkpoint.iteration, checkpoint.args.consumed_train_samples),
         checkpoint,
         load_optimizer=config.load_optimizer,
-        # Random states belong to ranks: those of another layout mean nothing here.
-        load_rng=config.load_rng and _same_layout(config, checkpoint),
+        # Random states belong to ranks: those of another layout mean nothing here, and conversion leaves them out.
+        load_rng=config.load_rng
+        and _same_layout(config, checkpoint)
+        and getattr(checkpoint.args, "has_rng_state", True),
     )
 
 
