@@ -141,7 +141,8 @@ class TrainConfig:
 
     log_interval: int = 1
     log_params_norm: bool = False
-    log_memory: bool = False
+    log_memory: bool = False  # in TensorBoard; metrics.jsonl and the log line always tell it
     log_timers: bool = False
     tensorboard_dir: Path | None = None
     tensorboard_queue_size: int = 10
+    peak_tflops: float | None = None  # of one rank's device, for MFU; None: known by the GPU's name

@@ -18,7 +18,7 @@ from megatron.crystalcoder.model.config import ModelConfig, MuP, ParallelConfig
 from megatron.crystalcoder.model.lora import TARGETS, LoraSettings
 from megatron.crystalcoder.training.config import DataSettings, OptimizerSettings, TrainConfig, WarmupDecay
 from megatron.crystalcoder.training.resume import has_checkpoint, is_run
-from megatron.crystalcoder.training.speed_flags import add_speed_arguments, speed_settings
+from megatron.crystalcoder.training.speed_flags import add_speed_arguments, with_speed_flags
 
 # Flags that the reference's launch script passes and that change nothing here, with the reason.
 _WITHOUT_EFFECT: dict[str, str] = {
@@ -69,10 +69,9 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     model = _model(flags, checkpoint)
     parallel = _parallel(flags, checkpoint)
     model.check_layout(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
-    return TrainConfig(
+    config = TrainConfig(
         model=model,
         parallel=parallel,
-        speed=speed_settings(flags),
         data=DataSettings(
             paths=tuple(flags.data_path),
             order=flags.dataloader_type,
@@ -121,6 +120,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         tensorboard_dir=flags.tensorboard_dir,
         tensorboard_queue_size=flags.tensorboard_queue_size,
     )
+    return with_speed_flags(config, flags)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -283,7 +283,9 @@ def _add_logging(group: Any) -> None:
     group.add_argument("--tensorboard-dir", type=Path)
     group.add_argument("--tensorboard-queue-size", type=int, default=10)
     group.add_argument("--log-timers-to-tensorboard", action="store_true", help="seconds per iteration")
-    group.add_argument("--log-memory-to-tensorboard", action="store_true", help="peak memory of rank 0")
+    group.add_argument(
+        "--log-memory-to-tensorboard", action="store_true", help="peak memory of rank 0, as in metrics.jsonl"
+    )
 
 
 def _checkpoint(flags: argparse.Namespace) -> Checkpoint | None:

@@ -85,6 +85,7 @@ class MetricsLog:
             "lr_hidden": facts.lr * config.optimizer.hidden_lr_scale,
             "tokens_per_second": tokens_per_second,
             "mfu": self._mfu(tokens_per_second),
+            "peak_memory_bytes": platform.peak_memory_bytes(),
             "data_wait_s": facts.result.data_wait_s,
             "elapsed_s": self._elapsed_before + now - self._started,
         }
@@ -92,8 +93,6 @@ class MetricsLog:
             line["skipped"] = True
         if facts.params_norm is not None:
             line["params_norm"] = facts.params_norm
-        if config.log_memory:
-            line["peak_memory_bytes"] = platform.peak_memory_bytes()
         if self._metrics is not None:
             print(json.dumps(line), file=self._metrics, flush=True)
         self._to_tensorboard(line, seconds)
@@ -128,7 +127,8 @@ class MetricsLog:
                 file.close()
 
     def _mfu(self, tokens_per_second: float) -> float | None:
-        peak = platform.peak_flops()
+        given = self.config.peak_tflops
+        peak = platform.peak_flops() if given is None else given * 1e12
         if peak is None:
             return None
         achieved = tokens_per_second * flops_per_token(self.config.model, self.config.seq_length)
@@ -146,10 +146,10 @@ class MetricsLog:
         ]
         if line["mfu"] is not None:
             parts.append(f"MFU {100 * line['mfu']:.1f}%")
+        parts.append(f"peak memory {line['peak_memory_bytes'] / 2**30:.2f} GiB")
+        parts.append(f"data wait {line['data_wait_s']:.3f} s")
         if "params_norm" in line:
             parts.append(f"params norm {line['params_norm']:.3f}")
-        if "peak_memory_bytes" in line:
-            parts.append(f"peak memory {line['peak_memory_bytes'] / 2**30:.2f} GiB")
         parts.append(f"ETA {_duration(remaining)}")
         if "skipped" in line:
             parts.append("SKIPPED (not finite)")
@@ -158,7 +158,8 @@ class MetricsLog:
     def _to_tensorboard(self, line: dict[str, Any], seconds: float) -> None:
         if self._tensorboard is None:
             return
-        scalars = {key: value for key, value in line.items() if key not in ("iteration", "elapsed_s", "skipped")}
+        left_out = {"iteration", "elapsed_s", "skipped"} | (set() if self.config.log_memory else {"peak_memory_bytes"})
+        scalars = {key: value for key, value in line.items() if key not in left_out}
         if self.config.log_timers:
             scalars["iteration_seconds"] = seconds
         for key, value in scalars.items():

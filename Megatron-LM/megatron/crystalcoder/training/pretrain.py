@@ -22,7 +22,7 @@ from megatron.crystalcoder.data.reference_order import ReferenceOrder
 from megatron.crystalcoder.model.config import ParallelConfig
 from megatron.crystalcoder.training.config import TrainConfig
 from megatron.crystalcoder.training.params import Params, ReferenceCompat, load_params
-from megatron.crystalcoder.training.speed_flags import add_speed_arguments, speed_settings
+from megatron.crystalcoder.training.speed_flags import add_speed_arguments, with_speed_flags
 
 
 class _Parser(argparse.ArgumentParser):
@@ -112,7 +112,7 @@ def train_config(options: argparse.Namespace, params: Params, world_size: int) -
         checkpoint_path=options.checkpoint_path,
         data_root=options.data_root,
     )
-    return replace(config, speed=speed_settings(options))
+    return with_speed_flags(config, options)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import Any, get_args
 
 from megatron.crystalcoder.model.fusions import FUSIONS, Compile, Speed, parse_fusions
+from megatron.crystalcoder.training.config import TrainConfig
 
 
 def add_speed_arguments(group: Any) -> None:
@@ -26,8 +28,26 @@ def add_speed_arguments(group: Any) -> None:
     group.add_argument(
         "--loss-chunk", type=int, default=0, metavar="TOKENS", help="tokens whose fp32 logits exist at a time; 0: auto"
     )
+    group.add_argument(
+        "--peak-tflops",
+        type=_positive,
+        metavar="TFLOPS",
+        help="what one rank's device can do at most, dense: MFU is told against it. Default: the bf16 peak of GPUs "
+        "known by name; on others and on a CPU no MFU is told",
+    )
 
 
-def speed_settings(options: argparse.Namespace) -> Speed:
-    """What the parsed flags say. Raises InputError for an unknown fusion."""
-    return Speed(parse_fusions(options.fusions), options.compile, options.loss_chunk)
+def with_speed_flags(config: TrainConfig, options: argparse.Namespace) -> TrainConfig:
+    """`config` as the parsed flags want it. Raises InputError for an unknown fusion."""
+    return replace(
+        config,
+        speed=Speed(parse_fusions(options.fusions), options.compile, options.loss_chunk),
+        peak_tflops=options.peak_tflops,
+    )
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
