@@ -101,6 +101,16 @@ class DataSettings:
 
 
 @dataclass(frozen=True)
+class ProfileSettings:
+    """Steps `first` to `last`, both included, are traced on `ranks` (None: on all); the traces go to `folder`."""
+
+    first: int
+    last: int
+    folder: Path
+    ranks: frozenset[int] | None = frozenset({0})
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything one run needs to know."""
 
@@ -145,4 +155,5 @@ class TrainConfig:
     log_timers: bool = False
     tensorboard_dir: Path | None = None
     tensorboard_queue_size: int = 10
+    profile: ProfileSettings | None = None
     peak_tflops: float | None = None  # of one rank's device, for MFU; None: known by the GPU's name

@@ -29,6 +29,7 @@ from megatron.crystalcoder.training.evaluation import evaluate, open_evaluation_
 from megatron.crystalcoder.training.lora import add_lora
 from megatron.crystalcoder.training.metrics import MetricsLog, StepFacts
 from megatron.crystalcoder.training.optimizer import build_optimizer
+from megatron.crystalcoder.training.profiling import StepProfiler
 from megatron.crystalcoder.training.resume import Progress, Start, find_start, refuse_other_data
 from megatron.crystalcoder.training.run_state import load_run, save_run
 from megatron.crystalcoder.training.schedules import learning_rate
@@ -70,6 +71,7 @@ def train(config: TrainConfig, *, initial_weights: WeightSource | None = None) -
     progress = start.progress
     order.rows(progress.consumed_samples, **this_rank)  # an order that cannot go on from here says so now
 
+    profiler = StepProfiler(config, done=progress.iteration)
     if dist.get_rank() == 0:
         print(f"starting from {start.origin}", flush=True)
     model, optimizer = build(config, start)
@@ -82,11 +84,16 @@ def train(config: TrainConfig, *, initial_weights: WeightSource | None = None) -
         **this_rank,
     )
     lm_loss, interrupted = None, False
-    with MetricsLog(config, resumed_iteration=progress.iteration) as log, stop_on_sigterm() as stop_requested:
+    with (
+        MetricsLog(config, resumed_iteration=progress.iteration) as log,
+        stop_on_sigterm() as stop_requested,
+        profiler,
+    ):
         best = BestCheckpoint(config)
         while progress.iteration < config.train_iters and not (interrupted or best.exhausted):
             lr = learning_rate(config.schedule, step=progress.iteration, samples=progress.consumed_samples)
-            result = train_step(model, optimizer, data, config, lr=lr)
+            with profiler.step(progress.iteration + 1):
+                result = train_step(model, optimizer, data, config, lr=lr)
             if not result.updated and not config.skip_nonfinite:
                 raise NonFiniteError(describe_non_finite(result, config, progress, order))
             progress = Progress(progress.iteration + 1, progress.consumed_samples + config.global_batch_size)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
+from data_prep.errors import InputError
 from megatron.crystalcoder.model.fusions import FUSIONS, Compile, Speed, parse_fusions
-from megatron.crystalcoder.training.config import TrainConfig
+from megatron.crystalcoder.training.config import ProfileSettings, TrainConfig
 
 
 def add_speed_arguments(group: Any) -> None:
@@ -29,6 +31,11 @@ def add_speed_arguments(group: Any) -> None:
         "--loss-chunk", type=int, default=0, metavar="TOKENS", help="tokens whose fp32 logits exist at a time; 0: auto"
     )
     group.add_argument(
+        "--profile", metavar="STEPS", help="write a torch profiler trace of these steps: 10:12, both included, or one"
+    )
+    group.add_argument("--profile-dir", type=Path, metavar="DIR", help="where; default: profile beside the checkpoints")
+    group.add_argument("--profile-ranks", metavar="RANKS", help="0 (default), 0,8 or all")
+    group.add_argument(
         "--peak-tflops",
         type=_positive,
         metavar="TFLOPS",
@@ -38,12 +45,32 @@ def add_speed_arguments(group: Any) -> None:
 
 
 def with_speed_flags(config: TrainConfig, options: argparse.Namespace) -> TrainConfig:
-    """`config` as the parsed flags want it. Raises InputError for an unknown fusion."""
+    """`config` as the parsed flags want it. Raises InputError for an unknown fusion or a profile of no steps."""
+    profile_dir = options.profile_dir or (config.save / "profile" if config.save else None)
+    if not options.profile and (options.profile_dir or options.profile_ranks):
+        raise InputError("--profile-dir and --profile-ranks need --profile: add it, or drop them")
     return replace(
         config,
         speed=Speed(parse_fusions(options.fusions), options.compile, options.loss_chunk),
+        profile=_profile(options.profile, profile_dir, options.profile_ranks or "0") if options.profile else None,
         peak_tflops=options.peak_tflops,
     )
+
+
+def _profile(steps: str, folder: Path | None, ranks: str) -> ProfileSettings:
+    """`10:12` or `10` (both ends belong to it), where the traces go, and `0`, `0,8` or `all`. Raises InputError."""
+    first, _, last = steps.partition(":")
+    if not (first.isdecimal() and (last or first).isdecimal() and 1 <= int(first) <= int(last or first)):
+        raise InputError(f"--profile {steps}: give the first and the last step, as in 10:12, or one step")
+    chosen = None
+    if ranks != "all":
+        words = ranks.split(",")
+        if not all(word.isdecimal() for word in words):
+            raise InputError(f"--profile-ranks {ranks}: give ranks separated by commas, or all")
+        chosen = frozenset(map(int, words))
+    if folder is None:
+        raise InputError("--profile needs a place for its traces: give --profile-dir")
+    return ProfileSettings(int(first), int(last or first), folder, chosen)
 
 
 def _positive(text: str) -> float:

@@ -20,6 +20,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
+from torch.profiler import record_function
 
 from megatron.crystalcoder import platform
 from megatron.crystalcoder.training.config import TrainConfig
@@ -62,25 +63,29 @@ def train_step(
 ) -> StepResult:
     """Take one global batch from `micro_batches` and update the model with learning rate `lr` (of unscaled groups)."""
     asked = time.perf_counter()
-    batches = [next(micro_batches) for _ in range(num_micro_batches(config))]
+    with record_function("data"):
+        batches = [next(micro_batches) for _ in range(num_micro_batches(config))]
     data_wait_s = time.perf_counter() - asked
     divisors = loss_divisors(batches, config)
 
-    model.zero_grad_buffer()
-    optimizer.zero_grad()
-    losses = forward_backward(model, batches, divisors, config)
-    loss = mean_over_data_parallel(losses)
+    with record_function("forward and backward"):
+        model.zero_grad_buffer()
+        optimizer.zero_grad()
+        losses = forward_backward(model, batches, divisors, config)
+        loss = mean_over_data_parallel(losses)
 
-    optimizer.prepare_grads()
-    grad_norm = gradient_norm(optimizer)
+    with record_function("gradient norm"):
+        optimizer.prepare_grads()
+        grad_norm = gradient_norm(optimizer)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         return StepResult(loss, grad_norm, False, _find_non_finite(model, losses), data_wait_s)
 
-    set_learning_rate(optimizer, lr)
-    place_eps(optimizer, config.optimizer)
-    if config.optimizer.clip_grad > 0 and (parameters := optimizer.get_parameters()):
-        clip_grad_by_total_norm_fp32(parameters, config.optimizer.clip_grad, grad_norm)
-    optimizer.step_with_ready_grads()
+    with record_function("optimizer"):
+        set_learning_rate(optimizer, lr)
+        place_eps(optimizer, config.optimizer)
+        if config.optimizer.clip_grad > 0 and (parameters := optimizer.get_parameters()):
+            clip_grad_by_total_norm_fp32(parameters, config.optimizer.clip_grad, grad_norm)
+        optimizer.step_with_ready_grads()
     return StepResult(loss, grad_norm, updated=True, data_wait_s=data_wait_s)
 
 
