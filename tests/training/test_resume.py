@@ -207,8 +207,8 @@ def test_what_is_left_behind(runs: tuple[Path, Any]) -> None:
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("other data", ["at-5", "other data", "--finetune"]),
-        ("other order", ["at-5", "order", "--finetune"]),
+        ("other data", ["at-5", "other data", "--new-data-order"]),
+        ("other order", ["at-5", "order", "--new-data-order"]),
         ("other optimizer", ["at-5", "with --use-distributed-optimizer", "--no-load-optim"]),
         ("other dtype", ["at-5", "fp32", "--no-load-optim"]),
         ("other muP", ["at-5", "mup", "0.25", "0.5"]),

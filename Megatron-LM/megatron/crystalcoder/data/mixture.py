@@ -161,6 +161,16 @@ class MixtureOrder(StreamOrder):
             result[here] = source.rows(numbers)
         return result
 
+    def drawn(self, consumed_samples: int) -> tuple[int, ...]:
+        """See `Order.drawn`: whole epochs, whole blocks, and a count within one block."""
+        plan = _plan(self)
+        epoch, place = divmod(consumed_samples, plan.length)
+        block, within = divmod(place, plan.block)
+        before = _drawn(plan.counts, block * plan.block)
+        tags, _ = _block(self, epoch, block)
+        inside = np.bincount(tags[:within], minlength=len(plan.counts)).tolist()
+        return tuple(epoch * count + b + i for count, b, i in zip(plan.counts, before, inside, strict=True))
+
     def draws(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For each position: which dataset it belongs to, and how many samples of that dataset came before it."""
         plan = _plan(self)

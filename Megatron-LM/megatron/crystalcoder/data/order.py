@@ -32,6 +32,9 @@ class Order(Protocol):
         `consumed_samples` were taken before it by all ranks together: 0, then micro_batch_size * dp_size, and so on.
         """
 
+    def drawn(self, consumed_samples: int) -> tuple[int, ...]:
+        """How many of the first `consumed_samples` samples each dataset gave; they add up to it."""
+
 
 def make_order(kind: OrderKind, num_rows: int, *, seed: int, data_sharding: bool = True) -> Order:
     """The order called `kind` over `num_rows` rows. `seed` moves `shuffled` alone, `data_sharding` `cyclic` alone."""
@@ -54,6 +57,10 @@ class StreamOrder:
     def at(self, positions: np.ndarray) -> np.ndarray:
         """Row numbers of the given positions in the stream, both int64 (k,)."""
         raise NotImplementedError
+
+    def drawn(self, consumed_samples: int) -> tuple[int, ...]:
+        """See `Order.drawn`; without a mixture, all data is one dataset."""
+        return (consumed_samples,)
 
     def rows(self, consumed_samples: int, *, micro_batch_size: int, dp_rank: int, dp_size: int) -> np.ndarray:
         """See `Order.rows`."""
@@ -119,6 +126,10 @@ class CyclicOrder:
 
     num_rows: int
     data_sharding: bool = True
+
+    def drawn(self, consumed_samples: int) -> tuple[int, ...]:
+        """See `Order.drawn`."""
+        return (consumed_samples,)
 
     def rows(self, consumed_samples: int, *, micro_batch_size: int, dp_rank: int, dp_size: int) -> np.ndarray:
         """See `Order.rows`. Raises InputError when an epoch has no full batch, or starts amid one."""

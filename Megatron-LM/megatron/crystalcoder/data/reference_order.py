@@ -113,6 +113,21 @@ class ReferenceOrder(StreamOrder):
             result[here] = self.sources[tag].rows(draws[here] % self.sources[tag].num_rows)
         return result
 
+    def drawn(self, consumed_samples: int) -> tuple[int, ...]:
+        """See `Order.drawn`; with `shuffle`, one pass over an epoch's permutation."""
+        counts = self.counts
+        epoch, place = divmod(consumed_samples, sum(counts))
+        if self.shuffle:
+            places = _torch_permutation(self.seed + epoch, sum(counts))[:place]
+            inside = np.bincount(np.searchsorted(np.cumsum(counts), places, side="right"), minlength=len(counts))
+        elif len(counts) == 1:
+            inside = np.array([place])
+        else:
+            tags, drawn_before = _shuffled_tags(counts, self.seed)
+            block = min(place // _BLOCK, len(drawn_before) - 1)
+            inside = drawn_before[block] + np.bincount(tags[block * _BLOCK : place], minlength=len(counts))
+        return tuple(epoch * count + number for count, number in zip(counts, inside.tolist(), strict=True))
+
     def draws(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For each position: its dataset, and which of that dataset's samples in the epoch it is."""
         counts = self.counts

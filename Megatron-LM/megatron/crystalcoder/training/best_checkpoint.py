@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron.crystalcoder.checkpoint.directory import iteration_directory
+from megatron.crystalcoder.training.accounting import Accounting
 from megatron.crystalcoder.training.config import TrainConfig
 from megatron.crystalcoder.training.metrics import EVAL_FILE, read_metrics
 from megatron.crystalcoder.training.resume import Progress
@@ -51,13 +52,13 @@ class BestCheckpoint:
         return patience > 0 and self._without_improvement >= patience
 
     def follow(
-        self, losses: dict[str, float], progress: Progress, model: Any, optimizer: Any, fingerprint: str
+        self, losses: dict[str, float], progress: Progress, model: Any, optimizer: Any, account: Accounting
     ) -> None:
         """Take in an evaluation: save if it is the best so far, and say so if it was the last to wait for."""
         (loss,) = _from_rank_0([sum(losses.values()) / len(losses)])
         if self._improves(loss) and self._config.keep_best and self._config.save is not None:
             folder = self._config.save / BEST
-            save_run(replace(self._config, save=folder), model, optimizer, progress, data_fingerprint=fingerprint)
+            save_run(replace(self._config, save=folder), model, optimizer, progress, account)
             if dist.get_rank() == 0:
                 for other in folder.glob("iter_*"):
                     if other != iteration_directory(folder, progress.iteration):

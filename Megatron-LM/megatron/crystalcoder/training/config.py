@@ -140,6 +140,7 @@ class TrainConfig:
     load_rng: bool = True
     lora: LoraSettings | None = None  # train an adapter beside frozen weights
     finetune: bool = False  # weights only: iteration, schedule and data position start at 0
+    new_data_order: bool = False  # a run that is continued may take up its position in other data than it left
     exit_on_missing_checkpoint: bool = False
 
     eval_data: tuple[DataSettings, ...] = ()

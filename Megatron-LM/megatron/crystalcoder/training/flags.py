@@ -106,6 +106,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         load_rng=not flags.no_load_rng,
         lora=_lora(flags),
         finetune=flags.finetune,
+        new_data_order=flags.new_data_order,
         exit_on_missing_checkpoint=flags.exit_on_missing_checkpoint,
         eval_data=tuple(DataSettings(paths=(path,), order="single") for path in flags.valid_data_path),
         eval_interval=flags.eval_interval,
@@ -250,6 +251,7 @@ def _add_checkpoint(group: Any) -> None:
     )
     group.add_argument("--ckpt-format", choices=("torch_dist", "torch"), default="torch_dist", help="format to save in")
     group.add_argument("--finetune", action="store_true", help="take --load's weights alone and begin at iteration 0")
+    group.add_argument("--new-data-order", action="store_true", help="let a run that is continued go on in other data")
     group.add_argument("--no-load-optim", action="store_true", help="leave Adam's moments behind")
     group.add_argument("--no-load-rng", action="store_true", help="leave the random state behind")
     group.add_argument(

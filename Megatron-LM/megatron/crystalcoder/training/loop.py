@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from megatron.crystalcoder.checkpoint.weights import WeightSource
 from megatron.crystalcoder.data.loader import micro_batches, open_data
 from megatron.crystalcoder.data.order import Order
 from megatron.crystalcoder.model.gpt import build_model
+from megatron.crystalcoder.training.accounting import Accounting, open_account
 from megatron.crystalcoder.training.best_checkpoint import BestCheckpoint
 from megatron.crystalcoder.training.config import TrainConfig
 from megatron.crystalcoder.training.evaluation import evaluate, open_evaluation_sets
@@ -30,7 +30,7 @@ from megatron.crystalcoder.training.lora import add_lora
 from megatron.crystalcoder.training.metrics import MetricsLog, StepFacts
 from megatron.crystalcoder.training.optimizer import build_optimizer
 from megatron.crystalcoder.training.profiling import StepProfiler
-from megatron.crystalcoder.training.resume import Progress, Start, find_start, refuse_other_data
+from megatron.crystalcoder.training.resume import Progress, Start, find_start
 from megatron.crystalcoder.training.run_state import load_run, save_run
 from megatron.crystalcoder.training.schedules import learning_rate
 from megatron.crystalcoder.training.step import StepResult, num_micro_batches, train_step
@@ -53,20 +53,25 @@ class TrainResult:
     interrupted: bool = False
 
 
-def train(config: TrainConfig, *, initial_weights: WeightSource | None = None) -> TrainResult:
+def train(
+    config: TrainConfig,
+    *,
+    initial_weights: WeightSource | None = None,
+    on_checkpoint: Callable[[Progress, Accounting], None] | None = None,
+) -> TrainResult:
     """Train until `config.train_iters`, or until a SIGTERM has been answered with a checkpoint.
 
     Needs `platform.initialize()` before. `initial_weights` are what a run begins with when neither `config.save` nor
-    `config.load` holds a checkpoint. Raises InputError before the first step when anything the user gave does not fit,
-    NonFiniteError when the run diverges (unless `config.skip_nonfinite`).
+    `config.load` holds a checkpoint. `on_checkpoint` is called on every rank: before the first step with what the run
+    starts from, and after each checkpoint. Raises InputError before the first step when anything the user gave does not
+    fit, NonFiniteError when the run diverges (unless `config.skip_nonfinite`).
     """
     check_sizes(config)
     platform.initialize_model_parallel(config.parallel, config.seed)
     rows, order = open_data(config.data, seq_length=config.seq_length, vocab_size=config.model.vocab_size)
     evaluation_sets = open_evaluation_sets(config) if config.eval_interval else []
     start = find_start(config, initial_weights)
-    fingerprint = hashlib.blake2b(f"{rows.fingerprint()} {order!r}".encode(), digest_size=16).hexdigest()
-    refuse_other_data(start, fingerprint)
+    account = open_account(config, rows, order, start)
     this_rank = _rank_of_order(config)
     progress = start.progress
     order.rows(progress.consumed_samples, **this_rank)  # an order that cannot go on from here says so now
@@ -83,6 +88,8 @@ def train(config: TrainConfig, *, initial_weights: WeightSource | None = None) -
         isolate_documents=config.data.isolate_documents,
         **this_rank,
     )
+    if on_checkpoint is not None:
+        on_checkpoint(progress, account)
     lm_loss, interrupted = None, False
     with (
         MetricsLog(config, resumed_iteration=progress.iteration) as log,
@@ -104,13 +111,15 @@ def train(config: TrainConfig, *, initial_weights: WeightSource | None = None) -
             if evaluation_sets and progress.iteration % config.eval_interval == 0:
                 losses = evaluate(model, evaluation_sets, config)
                 log.evaluation(progress.iteration, losses)
-                best.follow(losses, progress, model, optimizer, fingerprint)
+                best.follow(losses, progress, model, optimizer, account)
                 log.restart_clock()
             interrupted = stop_requested()
             due = config.save_interval > 0 and progress.iteration % config.save_interval == 0
             ends = interrupted or best.exhausted or progress.iteration == config.train_iters
             if config.save is not None and (due or ends):
-                save_run(config, model, optimizer, progress, data_fingerprint=fingerprint)
+                save_run(config, model, optimizer, progress, account)
+                if on_checkpoint is not None:
+                    on_checkpoint(progress, account)
                 log.restart_clock()
     return TrainResult(progress.iteration, progress.consumed_samples, lm_loss, interrupted)
 

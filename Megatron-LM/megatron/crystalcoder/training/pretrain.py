@@ -48,6 +48,11 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         help="weights to begin with: a Megatron or Hugging Face directory",
     )
+    top.add_argument(
+        "--new-data-order",
+        action="store_true",
+        help="let a run that is continued go on with other data, weights or order than it stopped in",
+    )
     top.add_argument("--data_root", "--data-root", type=Path, help="what relative data directories are relative to")
     top.add_argument("--mode", choices=("train", "eval", "train_and_eval"), help="default: runconfig.mode")
     top.add_argument("--tp", "--tensor-model-parallel-size", type=int, default=1, help="tensor-parallel ranks")
@@ -112,7 +117,7 @@ def train_config(options: argparse.Namespace, params: Params, world_size: int) -
         checkpoint_path=options.checkpoint_path,
         data_root=options.data_root,
     )
-    return with_speed_flags(config, options)
+    return with_speed_flags(replace(config, new_data_order=options.new_data_order), options)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -151,13 +151,3 @@ def _refuse_other_optimizer(config: TrainConfig, checkpoint: Checkpoint) -> None
             f"{checkpoint.path}: in format torch, optimizer state resumes only at the TP {checkpoint.tensor_parallel} "
             f"and PP {checkpoint.pipeline_parallel} that saved it: resume at those (torch_dist does at any), {remedy}"
         )
-
-
-def refuse_other_data(start: Start, fingerprint: str) -> None:
-    """Raise InputError when a run that goes on would take up its position in other rows than it left."""
-    if start.checkpoint is not None and vars(start.checkpoint.args)["data_fingerprint"] != fingerprint:
-        raise InputError(
-            f"{start.checkpoint.path}: this run stopped after {start.progress.consumed_samples} samples of other data "
-            "than is given now (its files, their order or the seed differ): give the same, or begin anew with "
-            "--finetune and another --save"
-        )

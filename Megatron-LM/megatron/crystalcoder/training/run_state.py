@@ -11,8 +11,13 @@ any TP and PP reads its weights, only the same resumes. All ranks write into one
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
+import subprocess
+from dataclasses import asdict
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +33,7 @@ from megatron.crystalcoder import platform
 from megatron.crystalcoder.checkpoint import safe_load
 from megatron.crystalcoder.checkpoint.directory import iteration_directory, rank_file, write_tracker
 from megatron.crystalcoder.checkpoint.megatron_args import CHECKPOINT_VERSION, to_args
+from megatron.crystalcoder.training.accounting import Accounting
 from megatron.crystalcoder.training.config import TrainConfig
 from megatron.crystalcoder.training.lora import save_adapter, trained_state
 from megatron.crystalcoder.training.optimizer import restore_settings
@@ -43,8 +49,7 @@ def save_run(
     model: DistributedDataParallel,
     optimizer: MegatronOptimizer,
     progress: Progress,
-    *,
-    data_fingerprint: str,
+    account: Accounting,
 ) -> None:
     """Write <save>/iter_<iteration> under another name, rename it when it is whole, then move the tracker."""
     assert config.save is not None
@@ -55,7 +60,7 @@ def save_run(
         partial.mkdir(parents=True)
     dist.barrier()
     state = {
-        "args": _facts(config, progress, data_fingerprint),
+        "args": _facts(config, progress, account),
         "checkpoint_version": CHECKPOINT_VERSION,
         "iteration": progress.iteration,
     }
@@ -88,7 +93,7 @@ def load_run(start: Start, config: TrainConfig, model: DistributedDataParallel, 
     restore_settings(optimizer, config.optimizer)
 
 
-def _facts(config: TrainConfig, progress: Progress, data_fingerprint: str) -> argparse.Namespace:
+def _facts(config: TrainConfig, progress: Progress, account: Accounting) -> argparse.Namespace:
     """The checkpoint's `args`: the model, and what resuming needs to know of the run, under Megatron-LM's names."""
     return to_args(
         config.model,
@@ -102,8 +107,31 @@ def _facts(config: TrainConfig, progress: Progress, data_fingerprint: str) -> ar
         global_batch_size=config.global_batch_size,
         train_iters=config.train_iters,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-        data_fingerprint=data_fingerprint,
+        run_config=json.dumps(asdict(config), default=str),
+        code_version=code_version(),
+        **account.record(progress.consumed_samples),
     )
+
+
+@lru_cache(maxsize=1)
+def code_version() -> str:
+    """The kit's version and, in a git checkout, its commit, with a + where files differ from that."""
+    here = Path(__file__)
+    try:
+        text = version("crystalcoder")
+    except PackageNotFoundError:
+        text = "unknown"
+    if shutil.which("git") is None:
+        return text
+    # A kit that is installed inside another project's checkout must not take that one's commit for its own.
+    for command in (
+        ["ls-files", "--error-unmatch", here.name],
+        ["describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"],
+    ):
+        told = subprocess.run(["git", "-C", here.parent, *command], capture_output=True, text=True, check=False)
+        if told.returncode:
+            return text
+    return f"{text} {told.stdout.strip()}"
 
 
 def _save_torch_dist(folder: Path, state: dict[str, Any], model: Any, optimizer: Any) -> None:
