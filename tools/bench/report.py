@@ -23,6 +23,7 @@ class Table:
     note: str
     header: tuple[str, ...]
     rows: list[tuple[str, ...]]
+    command: str = ""  # "": `make bench BENCH=name`
 
     def markdown(self) -> str:
         """The section of docs/benchmarks.md, between its markers."""
@@ -30,7 +31,7 @@ class Table:
             f"<!-- {self.name} -->",
             f"## {self.title}",
             "",
-            f"`make bench BENCH={self.name}`, {date.today()}, {machine()}.",
+            f"`{self.command or f'make bench BENCH={self.name}'}`, {date.today()}, {machine()}.",
             self.note,
             "",
             "| " + " | ".join(self.header) + " |",
@@ -40,15 +41,15 @@ class Table:
         ]
         return "\n".join(lines)
 
-    def write(self) -> None:
-        """Replace this table's section in docs/benchmarks.md, or add it at the end."""
-        text = DOCUMENT.read_text()
+    def write(self, document: Path = DOCUMENT) -> None:
+        """Replace this table's section in the document, or add it at the end."""
+        text = document.read_text() if document.is_file() else ""
         section = re.compile(f"<!-- {self.name} -->.*<!-- /{self.name} -->", re.DOTALL)
         if section.search(text):
             text = section.sub(lambda _: self.markdown(), text)
         else:
-            text = text.rstrip() + "\n\n" + self.markdown() + "\n"
-        DOCUMENT.write_text(text)
+            text = f"{text.rstrip()}\n\n{self.markdown()}\n".lstrip()
+        document.write_text(text)
 
 
 def machine() -> str:

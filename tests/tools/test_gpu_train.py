@@ -1,0 +1,87 @@
+"""The GPU benchmark as a whole on a CPU: its checks, the measured step, its table and refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_prep.errors import InputError
+from tools.bench import gpu_train
+from tools.bench.breakdown import PARTS, attribute
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="measures on a CPU what it would on a GPU")
+
+
+def test_the_whole_script(tmp_path: Path) -> None:
+    """Twice into one document: the section is replaced."""
+    document, record = tmp_path / "benchmarks.md", tmp_path / "gpu.json"
+    document.write_text("# Benchmarks\n")
+    flags = ["--device", "cpu", "--shapes", "tiny", "--budget", "0.5", "--out", str(document), "--json", str(record)]
+    gpu_train.main(flags)
+    gpu_train.main([*flags, "--skip-checks"])
+    text = document.read_text()
+    assert text.startswith("# Benchmarks\n\n<!-- gpu_train -->\n")
+    assert text.count("<!-- gpu_train -->") == 1
+    header, _, *rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) == len(gpu_train.PRECISIONS)
+    assert all(row.count("|") == header.count("|") for row in rows)
+    found = json.loads(record.read_text())
+    assert found["checks"] == []
+    for each in found["measurements"]:
+        assert not each["failure"]
+        assert each["steps"] >= 3
+        assert each["tokens_per_second"] == pytest.approx(4 * 64 / each["step_seconds"])
+        assert set(each["parts"]) == {*PARTS, "idle"}
+        assert all(each["parts"][part] > 0 for part in ("attention", "MLP", "norms", "loss", "optimizer"))
+        assert 5 < each["loss"] < 8  # ln 512 = 6.2: a model that knows nothing
+
+
+def test_a_wrong_kernel_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tools.bench import kernel_checks
+
+    monkeypatch.setattr(kernel_checks, "swiglu", lambda x, compiled: x[..., : x.shape[-1] // 2].sigmoid())
+    out = tmp_path / "table.md"
+    with pytest.raises(SystemExit) as end:
+        gpu_train.main(f"--device cpu --shapes tiny --budget 0.1 --out {out} --json {tmp_path / 'gpu.json'}".split())
+    assert end.value.code == 1
+    assert "not swiglu in bfloat16, swiglu in float32" in out.read_text()
+
+
+def test_backward_time_belongs_to_the_part_of_its_forward() -> None:
+    """Planted: backward operations left to "rest", fails."""
+    x, small, large = torch.randn(64, 64), torch.randn(64, 64), torch.randn(64, 4096)
+    weights = [small.requires_grad_(), large.requires_grad_()]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        with torch.profiler.record_function("part of the step: attention"):
+            hidden = x @ weights[0]
+        with torch.profiler.record_function("part of the step: MLP"):
+            out = hidden @ weights[1]
+        out.backward(torch.ones_like(out))
+    events: Any = profiler.events()
+    found = attribute(events)
+    products = [event for event in events if event.name == "aten::mm"]
+    assert len(products) == 5  # forward 2, gradients 2 + 1: the input needs none
+    assert found["attention"] > 0
+    total = sum(event.self_cpu_time_total for event in products) / 1e6
+    assert found["attention"] + found["MLP"] >= total
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shapes", "3"], "--shapes 3: use some of 1, 8, full, tiny"),
+        (["--precision", "fp16"], "--precision fp16: use some of bf16"),
+        (["--shapes", ","], "--shapes: names nothing"),
+        (["--budget", "0"], "--budget 0: must be above 0"),
+        ([], "--device cuda: torch sees no GPU"),
+        (["--speed"], "unrecognized arguments: --speed"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises((SystemExit, InputError)):
+        gpu_train.main(arguments if "--device" in message else ["--device", "cpu", *arguments])
+    assert message in capsys.readouterr().err

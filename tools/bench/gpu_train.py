@@ -1,0 +1,319 @@
+"""The training step on a GPU: are its kernels right, how fast is it, what does it hold, where does the time go?
+
+    python -m tools.bench.gpu_train --shapes 1,8,full --precision bf16,fp8
+
+Everything measured is the trainer's own step (`build`, `train_step`) on the 7B model of params/phase1 cut to so many
+layers. Sequences are random tokens and weights are random: neither changes the speed. On a machine without a GPU,
+`--device cpu --shapes tiny` goes through the same code. The exit code is 1 if a kernel is wrong.
+
+A GPU machine without network that has Python 3.12 and torch with CUDA and Triton: fetch the wheels elsewhere,
+
+    pip download --no-deps --only-binary :all: --python-version 3.12 --platform manylinux_2_28_x86_64 \\
+        --platform manylinux2014_x86_64 --platform any -d wheels -r tools/bench/gpu_wheels.txt
+
+and there, in the repository with that folder:
+
+    pip install --no-deps --no-index --find-links wheels -r tools/bench/gpu_wheels.txt
+    PYTHONPATH=Megatron-LM:. python -m tools.bench.gpu_train
+
+MFU counts 6 N + 12 L h s FLOPs per token, N all parameters of the model as published (padding does not count), and
+no recomputation, over the GPU's dense bf16 peak (989 TFLOP/s for H100 and H200), for fp8 too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import date
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from data_prep.errors import InputError, exit_on_bad_input
+from megatron.crystalcoder import platform
+from megatron.crystalcoder.model.config import ModelConfig, ParallelConfig
+from megatron.crystalcoder.training.config import DataSettings, TrainConfig, WarmupDecay
+from megatron.crystalcoder.training.memory import Layout, Recompute, rank_memory
+from megatron.crystalcoder.training.params import load_params
+from megatron.crystalcoder.training.plan import flops_per_token
+from tools.bench.breakdown import PARTS, breakdown
+from tools.bench.kernel_checks import SMALL, Check, Sizes, run_checks
+from tools.bench.report import DOCUMENT, Table, machine
+from tools.bench.synthetic import TiledWeights, random_rows
+
+PARAMS = Path(__file__).resolve().parents[2] / "params" / "phase1" / "params.yaml"
+TINY = ModelConfig(
+    vocab_size=512, hidden_size=128, num_layers=2, num_attention_heads=4, ffn_hidden_size=352, rotary_dim=8
+)
+SHAPES = ("1", "8", "full", "tiny")
+PRECISIONS = ("bf16",)
+# Sequences per step: enough micro-batches that the optimizer weighs no more than it does in a real run.
+GLOBAL_BATCH = {"tiny": 4}
+_DEFAULT_GLOBAL_BATCH = 16
+# What is tried in turn until it fits: sequences per micro-batch and recomputation.
+LADDER: tuple[tuple[int, Recompute], ...] = ((8, "none"), (4, "none"), (2, "none"), (1, "none"), (2, "full"))
+_WARM_UP_STEPS, _MIN_STEPS, _MAX_STEPS = 2, 3, 20
+_GIB = 1 << 30
+
+
+@dataclass
+class Measurement:
+    """One shape in one precision. Times in seconds, memory in bytes; None where there is nothing to measure it with."""
+
+    shape: str
+    precision: str
+    settings: str = ""
+    parameters: int = 0
+    tokens_per_second: float | None = None
+    mfu: float | None = None
+    peak_memory: int | None = None
+    predicted_memory: int | None = None
+    step_seconds: float | None = None
+    steps: int = 0
+    loss: float | None = None
+    parts: dict[str, float] = field(default_factory=dict)
+    failure: str = ""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (--help lists the arguments)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments."""
+    top = _Parser(
+        prog="python -m tools.bench.gpu_train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    top.add_argument(
+        "--shapes", default="1,8,full", help=f"layers of the 7B model, of {', '.join(SHAPES)}; default: 1,8,full"
+    )
+    top.add_argument("--precision", default=",".join(PRECISIONS), help=f"of {', '.join(PRECISIONS)}; default: all")
+    top.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
+    top.add_argument("--seq-length", type=int, help="tokens of a sequence; default: 2048, 64 for tiny")
+    top.add_argument("--budget", type=float, default=540, help="seconds for everything; what does not fit is left out")
+    top.add_argument("--skip-checks", action="store_true", help="measure only")
+    top.add_argument(
+        "--out", type=Path, default=DOCUMENT, help="the document that takes the table; default: docs/benchmarks.md"
+    )
+    top.add_argument(
+        "--json", type=Path, default=Path("gpu_train.json"), help="everything measured; default: gpu_train.json"
+    )
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Check, measure, write. Exit codes: 1 a kernel is wrong, 2 bad input."""
+    with exit_on_bad_input():
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        options = parser().parse_args(given)
+        shapes = _chosen("--shapes", options.shapes, SHAPES)
+        precisions = _chosen("--precision", options.precision, PRECISIONS)
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise InputError("--device cuda: torch sees no GPU: --device cpu --shapes tiny goes through the same code")
+        if options.device == "cpu" and torch.cuda.is_available():
+            raise InputError(
+                "--device cpu: this machine has a GPU: hide it with CUDA_VISIBLE_DEVICES= to measure without"
+            )
+        if options.budget <= 0:
+            raise InputError(f"--budget {options.budget:g}: must be above 0")
+        if options.seq_length is not None and options.seq_length < 1:
+            raise InputError(f"--seq-length {options.seq_length}: must be at least 1")
+        deadline = time.monotonic() + options.budget
+        platform.initialize()
+
+        checks = [] if options.skip_checks else check_kernels(shapes)
+        measured = measure_all(shapes, precisions, options.seq_length, deadline)
+        command = " ".join(["python -m tools.bench.gpu_train", *given])
+        record = {
+            "date": str(date.today()),
+            "machine": machine(),
+            "command": command,
+            "checks": [asdict(each) | {"passed": each.passed} for each in checks],
+            "measurements": [asdict(each) for each in measured],
+        }
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        result = table(measured, checks, command)
+        print(result.markdown(), flush=True)
+        result.write(options.out)
+        platform.shutdown()
+        if not all(each.passed for each in checks):
+            raise SystemExit(1)
+
+
+def _chosen(flag: str, text: str, known: tuple[str, ...]) -> list[str]:
+    chosen = [word.strip() for word in text.split(",") if word.strip()]
+    for word in chosen:
+        if word not in known:
+            raise InputError(f"{flag} {word}: use some of {', '.join(known)}")
+    if not chosen:
+        raise InputError(f"{flag}: names nothing: use some of {', '.join(known)}")
+    return chosen
+
+
+def check_kernels(shapes: list[str]) -> list[Check]:
+    """Every check, printed as it is done."""
+    found = []
+    for check in run_checks(platform.device(), SMALL if shapes == ["tiny"] else Sizes()):
+        verdict = "ok" if check.passed else "WRONG"
+        print(
+            f"{check.name:24} {check.dtype:9} off by {check.error:.1e} of {check.tolerance:.0e}: {verdict}", flush=True
+        )
+        found.append(check)
+    return found
+
+
+def measure_all(shapes: list[str], precisions: list[str], seq_length: int | None, deadline: float) -> list[Measurement]:
+    """Each shape in each precision, with its share of the time that is left; what fails says so in its row."""
+    found = []
+    runs = [(shape, precision) for shape in shapes for precision in precisions]
+    for number, (shape, precision) in enumerate(runs):
+        result = Measurement(shape, precision)
+        found.append(result)
+        left = deadline - time.monotonic()
+        if left <= 0:
+            result.failure = "no time left"
+            continue
+        try:
+            measure(result, _config(shape, seq_length), time.monotonic() + left / (len(runs) - number))
+        except torch.OutOfMemoryError:
+            result.failure = "out of memory"
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        print(f"{shape:5} {precision}: {_row(result)}", flush=True)
+    return found
+
+
+def _config(shape: str, seq_length: int | None) -> TrainConfig:
+    """The shape's run, in the first settings of the ladder that fit the GPU."""
+    tiny = shape == "tiny"
+    model = TINY if tiny else load_params(PARAMS).model_config()
+    if shape not in ("tiny", "full"):
+        model = replace(model, num_layers=int(shape))
+    length = seq_length or (64 if tiny else 2048)
+    batch = GLOBAL_BATCH.get(shape, _DEFAULT_GLOBAL_BATCH)
+    config = TrainConfig(
+        model=replace(model, max_sequence_length=max(length, model.max_sequence_length)),
+        data=DataSettings(order="single"),
+        schedule=WarmupDecay(1e-4, 1e-4, 0, 1, "constant"),
+        train_iters=1,
+        micro_batch_size=1,
+        global_batch_size=batch,
+        seq_length=length,
+        bf16=True,
+    )
+    for micro_batch, recompute in LADDER:
+        if batch % micro_batch == 0:
+            config = replace(config, micro_batch_size=micro_batch, parallel=ParallelConfig(recompute=recompute))
+            if not torch.cuda.is_available() or predicted_memory(config) < 0.95 * _gpu_memory():
+                return config
+    return config
+
+
+def predicted_memory(config: TrainConfig) -> int:
+    """What `crystalcoder plan` says."""
+    layout = Layout(micro_batch=config.micro_batch_size, recompute=config.parallel.recompute)
+    micro_batches = config.global_batch_size // config.micro_batch_size
+    return rank_memory(
+        config.model, layout, seq_length=config.seq_length, micro_batches=micro_batches, bf16=config.bf16
+    ).total
+
+
+def _gpu_memory() -> int:
+    return torch.cuda.get_device_properties(platform.device()).total_memory
+
+
+def measure(result: Measurement, config: TrainConfig, deadline: float) -> None:
+    """Fill in `result`: steps until the deadline (at least 3, at most 20), then one under the profiler."""
+    from megatron.crystalcoder.data.loader import micro_batches, open_data
+    from megatron.crystalcoder.training.loop import build
+    from megatron.crystalcoder.training.resume import Start
+    from megatron.crystalcoder.training.step import train_step
+
+    result.settings = _settings(config)
+    result.parameters = config.model.unpadded.num_parameters
+    result.predicted_memory = predicted_memory(config) if torch.cuda.is_available() else None
+    platform.initialize_model_parallel(config.parallel, config.seed)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with tempfile.TemporaryDirectory() as folder:
+        path = random_rows(Path(folder) / "rows.h5", config.model.vocab_size, config.seq_length)
+        config = replace(config, data=replace(config.data, paths=(path,)))
+        model, optimizer = build(config, Start("random weights", TiledWeights(config.model)))
+        rows, order = open_data(config.data, seq_length=config.seq_length, vocab_size=config.model.vocab_size)
+        size = config.micro_batch_size
+        data = micro_batches(rows, order, consumed_samples=0, micro_batch_size=size, dp_rank=0, dp_size=1)
+
+        def step() -> float:
+            loss = train_step(model, optimizer, data, config, lr=1e-4).lm_loss
+            torch.cuda.synchronize()
+            return loss
+
+        for _ in range(_WARM_UP_STEPS):
+            step()
+        seconds: list[float] = []
+        while len(seconds) < _MIN_STEPS or (len(seconds) < _MAX_STEPS and time.monotonic() < deadline):
+            start = time.perf_counter()
+            result.loss = step()
+            seconds.append(time.perf_counter() - start)
+        result.steps, result.step_seconds = len(seconds), statistics.median(seconds)
+        result.tokens_per_second = config.global_batch_size * config.seq_length / result.step_seconds
+        peak = platform.peak_flops()
+        if peak is not None:
+            result.mfu = result.tokens_per_second * flops_per_token(config.model.unpadded, config.seq_length) / peak
+        result.peak_memory = platform.peak_memory_bytes()
+        result.parts = breakdown(step, model, optimizer, seconds=result.step_seconds)
+
+
+def _settings(config: TrainConfig) -> str:
+    words = [f"{config.global_batch_size} x {config.seq_length}", f"micro-batch {config.micro_batch_size}"]
+    if config.parallel.recompute != "none":
+        words.append(f"{config.parallel.recompute} recompute")
+    return ", ".join(words)
+
+
+def table(measured: list[Measurement], checks: list[Check], command: str) -> Table:
+    """The section of the document."""
+    passed = sum(each.passed for each in checks)
+    wrong = ", ".join(f"{each.name} in {each.dtype}" for each in checks if not each.passed)
+    verdict = f"{passed} of {len(checks)} kernel checks against fp64 pass{': not ' + wrong if wrong else ''}. "
+    return Table(
+        "gpu_train",
+        "Training on a GPU",
+        f"{verdict if checks else ''}The trainer's own step, median of those that were timed, optimizer included. MFU: "
+        "6 N + 12 L h s FLOPs per token over the dense bf16 peak, recomputation not counted. Memory: highest allocated "
+        "by torch, and what `crystalcoder plan` predicts. Shares of the step are from torch's profiler.",
+        ("layers", "precision", "settings", "tokens / s", "MFU", "GiB", "predicted", "s / step", *PARTS, "idle"),
+        [(each.shape, each.precision, each.settings, *_row(each)) for each in measured],
+        command,
+    )
+
+
+def _row(result: Measurement) -> tuple[str, ...]:
+    if result.failure:
+        return (result.failure, *[""] * (len(PARTS) + 5))
+    total = sum(result.parts.values())
+    return (
+        f"{result.tokens_per_second:,.0f}",
+        "" if result.mfu is None else f"{result.mfu:.1%}",
+        f"{(result.peak_memory or 0) / _GIB:.1f}",
+        "" if result.predicted_memory is None else f"{result.predicted_memory / _GIB:.1f}",
+        f"{result.step_seconds:.3f}",
+        *(f"{result.parts[part] / total:.0%}" for part in (*PARTS, "idle")),
+    )
+
+
+if __name__ == "__main__":
+    main()
