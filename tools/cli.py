@@ -22,6 +22,7 @@ COMMANDS = {
     "convert": ("tools.convert", "checkpoints: Hugging Face <-> Megatron, any TP and PP"),
     "generate": ("tools.generate", "complete or infill code with a Hugging Face checkpoint"),
     "chat": ("tools.chat", "talk to a Hugging Face checkpoint"),
+    "serve": ("tools.serve", "a Hugging Face checkpoint behind OpenAI's HTTP interface"),
 }
 
 USAGE = "usage: crystalcoder COMMAND [arguments]     (crystalcoder COMMAND --help tells each one's arguments)"

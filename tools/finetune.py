@@ -17,9 +17,11 @@ from typing import Annotated, Any
 import typer
 
 from data_prep.errors import InputError
+from data_prep.tokenizer import load_tokenizer
 from finetune.commands import app
+from finetune.jinja import jinja_template
 from finetune.prepare import PREPARE_FILE, VALID
-from finetune.templates import TEMPLATE_FILE
+from finetune.templates import EOS, TEMPLATE_FILE, template_beside
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "Megatron-LM" / "pretrain_crystalcoder_inst.py"
@@ -135,9 +137,8 @@ def export(
         for name in TOKENIZER_FILES:
             if tokenizer is not None and (tokenizer / name).is_file():
                 shutil.copyfile(tokenizer / name, partial / name)
-        template = Path(began["data"]) / TEMPLATE_FILE if "data" in began else Path()
-        if template.is_file():
-            shutil.copyfile(template, partial / TEMPLATE_FILE)
+        if "data" in began:
+            _write_chat_format(partial, Path(began["data"]))
         partial.rename(to)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -145,6 +146,19 @@ def export(
     print(f"{to}: iteration {checkpoint.iteration} of {checkpoint.path}{merged}; talk to it: crystalcoder chat {to}")
     if not (to / "tokenizer.json").is_file():
         print(f"note: no tokenizer is known of this run, so {to} has none; give --tokenizer, or add its files")
+
+
+def _write_chat_format(folder: Path, data: Path) -> None:
+    """What the model was asked in: for `crystalcoder chat`, for `apply_chat_template`, and where an answer ends."""
+    if (data / TEMPLATE_FILE).is_file():
+        shutil.copyfile(data / TEMPLATE_FILE, folder / TEMPLATE_FILE)
+    if not (folder / "tokenizer.json").is_file():
+        return
+    template, tokenizer = template_beside(data), load_tokenizer(folder)
+    (folder / "chat_template.jinja").write_text(jinja_template(template, sorted(tokenizer.controls)), encoding="utf-8")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    settings["eos_token_id"] = [tokenizer.controls[token] for token in dict.fromkeys((EOS, *template.stops))]
+    (folder / "generation_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def _began(run_directory: Path) -> dict[str, str]:

@@ -37,7 +37,7 @@ def load_checkpoint(directory: Path, *, device: str | None = None, dtype: str = 
         InputError: the directory is missing, not a CrystalCoder checkpoint, damaged, or without a tokenizer.
     """
     directory = Path(directory)
-    _require_files(directory)
+    require_files(directory)
 
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -79,7 +79,7 @@ def load_checkpoint(directory: Path, *, device: str | None = None, dtype: str = 
     return model.to(target).eval(), tokenizer
 
 
-def _require_files(directory: Path) -> None:
+def require_files(directory: Path) -> None:
     """What can be told before the seconds that importing torch takes."""
     if not directory.is_dir():
         raise InputError(f"{directory}: no such directory: name a Hugging Face checkpoint directory")

@@ -121,6 +121,11 @@ class CrystalCoderConfig(PreTrainedConfig):
         """Factor on the logits: 0.13875 for the 7B model."""
         return self.mup_output_alpha * self.mup_width_scale
 
+    @property
+    def logit_scale(self) -> float:
+        """`output_scale` under the name by which vLLM, which puts a head of its own on the decoder, looks for it."""
+        return self.output_scale
+
 
 def _refuse_other_architectures(config: CrystalCoderConfig, others: dict[str, Any]) -> None:
     """Raise ValueError for what would otherwise be computed wrongly in silence."""

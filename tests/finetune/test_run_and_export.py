@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from finetune.jinja import jinja_template
+from finetune.templates import CRYSTALCHAT
 from megatron.crystalcoder.checkpoint.adapter import read_adapter
 from megatron.crystalcoder.checkpoint.open import open_checkpoint
 from support.checkpoints import distinct_weights, save_hf
@@ -25,7 +27,7 @@ def run(*arguments: object) -> int:
     return int(status.value.code or 0)
 
 
-def test_the_whole_way(tmp_path: Path, tokenizer_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_way(tmp_path: Path, tokenizer_file: Path, tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
     """The exported weights are base + alpha / r * B A of the best checkpoint; tokenizer and template come along."""
     weights = distinct_weights(CONFIG)
     hf = save_hf(tmp_path / "hf", weights, CONFIG)
@@ -51,6 +53,9 @@ def test_the_whole_way(tmp_path: Path, tokenizer_file: Path, capsys: pytest.Capt
         torch.testing.assert_close(exported.read(name), expected, atol=1e-6, rtol=0, msg=name)
     assert (out / "tokenizer.json").read_bytes() == tokenizer_file.read_bytes()
     assert (out / "chat_format.yaml").is_file()
+    assert (out / "chat_template.jinja").read_text() == jinja_template(CRYSTALCHAT, sorted(tokenizer.controls))
+    ends = [tokenizer.token_id("</s>"), tokenizer.token_id("<|im_start|>")]
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == ends
 
     assert run("finetune", "export", save, "--to", out) == 2
     assert "exists already" in capsys.readouterr().err

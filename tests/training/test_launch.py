@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from support.checkpoints import distinct_weights, save_hf
+from support.network import free_port
 from support.training_runs import SEQ, metrics_of, write_rows
 
 
@@ -31,12 +31,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     row = {key: values[:-1] for key, values in json.loads(lines[2]).items()}
     (folder / "short.jsonl").write_text("".join([*lines[:2], json.dumps(row) + "\n"]))
     return folder
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return int(listener.getsockname()[1])
 
 
 def start(
