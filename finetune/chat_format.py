@@ -11,7 +11,7 @@ tokens are absent; the assistant may speak first.
 
 A token is trained when the model has to produce it: every assistant token, and the `</s>` that ends the conversation.
 The token after an earlier answer is the user's `<|im_start|>`, which nobody asks the model for: it is trained only with
-`turn_ends`. A template that ends each answer with a token of its own has that token trained.
+`turn_ends`. A template that ends each answer with a token of its own has that token trained, and what stands before it.
 """
 
 from __future__ import annotations
@@ -103,15 +103,16 @@ class ChatFormat:
         ]
         yield from (_piece(part, everything) for part in self.template.start)
         yield from _turn_pieces(self.template, turns, trained, turn_ends=self.turn_ends, everything=everything)
+        written = self.template.written_ends[1]
         for number, part in enumerate(self.template.end):
-            ends_the_answer = number == 0 and not self.template.assistant.after
-            yield _piece(part, everything or (ends_the_answer and trained[last]))
+            yield _piece(part, everything or (number < written and trained[last]))
 
 
 def _turn_pieces(
     template: ChatTemplate, turns: Sequence[Turn], trained: Sequence[bool], *, turn_ends: bool, everything: bool = False
 ) -> Iterator[Segment]:
     previous: Role | None = None
+    written = template.written_ends[0]
     for number, (turn, is_trained) in enumerate(zip(turns, trained, strict=True)):
         markup = template.markup(turn.role, previous)
         for place, part in enumerate(markup.before):
@@ -120,7 +121,8 @@ def _turn_pieces(
         text = markup.text.replace("{text}", turn.text.strip() if template.strip else turn.text)
         yield Segment(text, is_control=False, trained=is_trained)
         for place, part in enumerate(markup.after):
-            yield _piece(part, everything or (is_trained and place == 0))
+            # Only an answer is ever trained, so these are the assistant's.
+            yield _piece(part, everything or (is_trained and place < written))
         previous = turn.role
 
 

@@ -63,6 +63,12 @@ class ChatTemplate:
         for where in self._markups():
             if where.text.count("{text}") != 1:
                 raise InputError(f"chat template {self.name}: 'text' is {where.text!r}: it must hold {{text}} once")
+        openings = [self.assistant.before or user.after for user in (self.user, self.user_after_system) if user]
+        if any(opening and opening[-1].endswith(" ") for opening in openings):
+            raise InputError(
+                f"chat template {self.name}: a space before the answer, which tokens of the answer begin with: "
+                "leave it out there and give the assistant text: ' {text}'"
+            )
         if self.answer_end is None:
             raise InputError(
                 f"chat template {self.name}: no control token ends an answer, so a model could never stop: "
@@ -85,6 +91,14 @@ class ChatTemplate:
     def answer_end(self) -> str | None:
         """The control token with which the model ends its last answer."""
         return next((part for part in (*self.assistant.after, *self.end) if is_control(part)), None)
+
+    @property
+    def written_ends(self) -> tuple[int, int]:
+        """How many parts of the assistant's `after`, and of `end`, the model writes itself: up to `answer_end`."""
+        parts = (*self.assistant.after, *self.end)
+        count = next((number for number, part in enumerate(parts, start=1) if is_control(part)), 0)
+        after = min(count, len(self.assistant.after))
+        return after, count - after
 
     @property
     def stops(self) -> tuple[str, ...]:

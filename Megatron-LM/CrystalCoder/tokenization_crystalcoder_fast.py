@@ -6,6 +6,7 @@ with 22 special tokens behind its vocabulary: ids 32000-32021 after LLaMA's 32,0
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerFast
@@ -94,28 +95,33 @@ class CrystalCoderTokenizerFast(PreTrainedTokenizerFast):
 
         messages: {"role": "system" | "user" | "assistant", "content": str}; a system message only as the first. After
         a user message the model's answer follows; after an assistant message at the end, the conversation is closed.
+        The format is `chat_template`'s.
 
         Where no text spells out a control token, the ids are those of `apply_chat_template(messages)`. Where one does,
         here it stays text; there the template alters it, because in a rendered string it could not be told apart.
 
-        Raises ValueError for an unknown role or a system message after the first.
+        Raises ValueError where the template refuses the conversation.
         """
-        ids = self._ids(BOS)
-        for number, message in enumerate(messages):
-            text = self.encode_text(message["content"])
-            match message["role"]:
-                case "system" if number == 0:
-                    ids += self._ids("<|sys_start|>") + text + self._ids("<|sys_end|>")
-                case "user":
-                    ids += self._ids("<|im_start|>") + text + self._ids("<|im_end|>")
-                case "assistant":
-                    ids += text
-                case "system":
-                    raise ValueError("a system message must be the first")
-                case role:
-                    raise ValueError(f"unknown role {role}: use system, user or assistant")
-        if messages and messages[-1]["role"] == "assistant":
-            ids += self._ids(EOS)
+        from jinja2.exceptions import TemplateError
+
+        controls = sorted((token for token in self.get_added_vocab() if token[0] == "<"), key=len, reverse=True)
+        said = "".join(message["content"] for message in messages)
+        # Stands for the `<` of a spelled-out control token until the real ones are found.
+        mark = next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in said)
+        marked = []
+        for message in messages:
+            text = message["content"]
+            for token in controls:
+                text = text.replace(token, mark + token[1:])
+            marked.append({**message, "content": text})
+        awaits_answer = bool(messages) and messages[-1]["role"] == "user"
+        try:
+            rendered = self.apply_chat_template(marked, tokenize=False, add_generation_prompt=awaits_answer)
+        except TemplateError as error:
+            raise ValueError(str(error)) from None
+        ids: list[int] = []
+        for piece in re.split("(" + "|".join(map(re.escape, controls)) + ")", str(rendered)):
+            ids += self._ids(piece) if piece in controls else self.encode_text(piece.replace(mark, "<"))
         return ids
 
     def encode_inside(self, text: str) -> list[int]:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from data_prep.tokenizer import load_tokenizer
 from finetune.chat_format import SYSTEM_END, SYSTEM_START, USER_END, USER_START
@@ -20,6 +20,8 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) ->
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
+    # As in LLaMA's vocabulary, no piece holds a space behind another character. For the training only.
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("▁+[^▁]*"), "isolated")
     trainer = trainers.BpeTrainer(
         vocab_size=1000,
         special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))],
@@ -33,7 +35,7 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) ->
         [AddedToken(t, special=True, normalized=False) for t in (USER_START, USER_END, SYSTEM_START, SYSTEM_END)]
     )
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    definition = json.loads(tokenizer.to_str())
+    definition = {**json.loads(tokenizer.to_str()), "pre_tokenizer": None}
     # The trainer takes the byte pieces as special tokens; to the format they are ordinary pieces of the vocabulary.
     definition["added_tokens"] = [t for t in definition["added_tokens"] if not t["content"].startswith("<0x")]
     path.write_text(json.dumps(definition))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from finetune.chat_format import (
     SYSTEM_START,
     USER_END,
     USER_START,
+    ChatFormat,
     Conversation,
     Encoded,
     Turn,
@@ -28,6 +31,7 @@ from finetune.chat_format import (
 )
 from finetune.conversation import PlainText
 from finetune.packing import PackedRows
+from finetune.templates import CHATML, CRYSTALCHAT, LLAMA2, ChatTemplate, Markup
 
 ROW = 2048  # of the reference's sample
 
@@ -72,6 +76,110 @@ def test_a_default_system_prompt_opens_only_what_has_none() -> None:
 def test_orders_that_the_format_cannot_express_are_refused(roles: list[str], says: str) -> None:
     with pytest.raises(InputError, match=says):
         conversation(*((role, "x") for role in roles))
+
+
+OWN = ChatTemplate(
+    "own",
+    system=Markup(("S:",), ("\n",)),
+    user=Markup(("U:",), ("\n",)),
+    assistant=Markup(("A:",), ("\n", USER_END, "\n"), text=" {text}"),
+    start=(BOS,),
+    end=(EOS,),
+)
+# Two answers; the token that ends an answer is trained in each, and whatever the template puts before it.
+MASKS: list[tuple[ChatTemplate, dict[str, list[str]]]] = [
+    (
+        CRYSTALCHAT,
+        {
+            "assistant": ["A1", "A2", EOS],
+            "turn ends": ["A1", USER_START, "A2", EOS],
+            "last": ["A2", EOS],
+            "last and turn ends": ["A2", EOS],
+            "first answer weighs 0": ["A2", EOS],
+            "last answer weighs 0": ["A1"],
+            "last answer weighs 0, turn ends": ["A1", USER_START],
+        },
+    ),
+    (
+        CHATML,
+        {
+            "assistant": ["A1", USER_END, "A2", USER_END],
+            "turn ends": ["A1", USER_END, USER_START, "A2", USER_END],
+            "last": ["A2", USER_END],
+            "last and turn ends": ["A2", USER_END],
+            "first answer weighs 0": ["A2", USER_END],
+            "last answer weighs 0": ["A1", USER_END],
+            "last answer weighs 0, turn ends": ["A1", USER_END, USER_START],
+        },
+    ),
+    (
+        LLAMA2,
+        {
+            "assistant": [" A1 ", EOS, " A2 ", EOS],
+            "turn ends": [" A1 ", EOS, BOS, " A2 ", EOS],
+            "last": [" A2 ", EOS],
+            "last and turn ends": [" A2 ", EOS],
+            "first answer weighs 0": [" A2 ", EOS],
+            "last answer weighs 0": [" A1 ", EOS],
+            "last answer weighs 0, turn ends": [" A1 ", EOS, BOS],
+        },
+    ),
+    (
+        OWN,
+        {
+            "assistant": [" A1\n", USER_END, " A2\n", USER_END],
+            "turn ends": [" A1\n", USER_END, "U:", " A2\n", USER_END],
+            "last": [" A2\n", USER_END],
+            "last and turn ends": [" A2\n", USER_END],
+            "first answer weighs 0": [" A2\n", USER_END],
+            "last answer weighs 0": [" A1\n", USER_END],
+            "last answer weighs 0, turn ends": [" A1\n", USER_END, "U:"],
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("template", "option"),
+    [(t, option) for t, masks in MASKS for option in masks],
+    ids=[f"{t.name}: {option}" for t, masks in MASKS for option in masks],
+)
+def test_what_is_trained(template: ChatTemplate, option: str, tokenizer) -> None:
+    """By segment, and token by token.
+
+    Planted: only the first part behind an answer trained -> `own` fails; turn ends ignored -> 8 fail.
+    """
+    expected = dict(MASKS)[template][option]
+    turns = [
+        Turn("system", "S"),
+        Turn("user", "U1"),
+        Turn("assistant", "A1", trained="first answer weighs 0" not in option),
+        Turn("user", "U2"),
+        Turn("assistant", "A2", trained="last answer weighs 0" not in option),
+    ]
+    train: Literal["assistant", "last"] = "last" if option in ("last", "last and turn ends") else "assistant"
+    chat_format = ChatFormat(template, train, turn_ends="turn ends" in option)
+    dialogue = Conversation(tuple(turns))
+    trained = [segment.content for segment in segments(dialogue, chat_format) if segment.trained]
+    assert trained == expected
+
+    (document,) = encode([dialogue], tokenizer, chat_format)
+    ids = document.ids[document.trained].tolist()
+    assert tokenizer.decode_inside(ids).replace(" ", "") == "".join(expected).replace(" ", "")
+    (everything,) = encode([dialogue], tokenizer, ChatFormat(template, "all"))
+    assert everything.trained.all()
+
+
+def test_a_template_that_cannot_work_is_refused() -> None:
+    """No end of an answer; an answer that begins behind a space, which its first token would hold."""
+    with pytest.raises(InputError, match="no control token ends an answer"):
+        replace(OWN, assistant=Markup(("A:",), ("\n",)), end=("\n",))
+    for bad in (
+        {"assistant": Markup(("A: ",), (USER_END,))},
+        {"assistant": Markup(), "user": Markup(("U:",), ("\nA: ",))},
+    ):
+        with pytest.raises(InputError, match="a space before the answer"):
+            replace(OWN, **bad)
 
 
 def test_control_tokens_inside_text_stay_text(tokenizer) -> None:

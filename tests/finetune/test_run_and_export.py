@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.jinja import jinja_template
-from finetune.templates import CRYSTALCHAT
+from data_prep.tokenizer import load_tokenizer
+from finetune.chat_format import Turn, encode_prompt
+from finetune.templates import CHATML, template_beside
 from megatron.crystalcoder.checkpoint.adapter import read_adapter
 from megatron.crystalcoder.checkpoint.open import open_checkpoint
 from support.checkpoints import distinct_weights, save_hf
@@ -27,7 +28,7 @@ def run(*arguments: object) -> int:
     return int(status.value.code or 0)
 
 
-def test_the_whole_way(tmp_path: Path, tokenizer_file: Path, tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_way(tmp_path: Path, tokenizer_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The exported weights are base + alpha / r * B A of the best checkpoint; tokenizer and template come along."""
     weights = distinct_weights(CONFIG)
     hf = save_hf(tmp_path / "hf", weights, CONFIG)
@@ -35,7 +36,7 @@ def test_the_whole_way(tmp_path: Path, tokenizer_file: Path, tokenizer, capsys: 
     pairs = [{"prompt": f"Add {i} and {i + 1}", "completion": f"The sum is {2 * i + 1}."} for i in range(40)]
     (tmp_path / "pairs.json").write_text(json.dumps(pairs))
     data, save, out = tmp_path / "data", tmp_path / "run", tmp_path / "out"
-    options = ("--max-seq-length", 64, "--packing", "best-fit", "--valid", 0.2, "--system", "")
+    options = ("--max-seq-length", 64, "--packing", "best-fit", "--valid", 0.2, "--system", "", "--template", "chatml")
     assert run("finetune", "prepare", tmp_path / "pairs.json", "--out", data, "--tokenizer", hf, *options) == 0
     how = ("--iters", 2, "--global-batch-size", 2, "--tp", 2, "--eval-interval", 1, "--lora-rank", 2)
     assert run("finetune", "run", data, "--load", hf, "--save", save, *how, "--lora-alpha", 8) == 0
@@ -52,10 +53,14 @@ def test_the_whole_way(tmp_path: Path, tokenizer_file: Path, tokenizer, capsys: 
             expected = weight + 4.0 * (b @ a).t()
         torch.testing.assert_close(exported.read(name), expected, atol=1e-6, rtol=0, msg=name)
     assert (out / "tokenizer.json").read_bytes() == tokenizer_file.read_bytes()
-    assert (out / "chat_format.yaml").is_file()
-    assert (out / "chat_template.jinja").read_text() == jinja_template(CRYSTALCHAT, sorted(tokenizer.controls))
-    ends = [tokenizer.token_id("</s>"), tokenizer.token_id("<|im_start|>")]
-    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == ends
+    assert template_beside(out) == CHATML
+    from transformers import AutoTokenizer
+
+    asked = [{"role": "user", "content": "Add 1 and 2"}]
+    ids = AutoTokenizer.from_pretrained(out).apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+    assert ids == encode_prompt([Turn("user", "Add 1 and 2")], load_tokenizer(out), CHATML)
+    ends = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == [load_tokenizer(out).controls[token] for token in ("</s>", "<|im_end|>", "<|im_start|>")]
 
     assert run("finetune", "export", save, "--to", out) == 2
     assert "exists already" in capsys.readouterr().err
