@@ -25,14 +25,21 @@ def cost(module: str, *arguments: str) -> Cost:
     Raises:
         InputError: it failed.
     """
+    return cost_of(sys.executable, "-m", module, *arguments)
+
+
+def cost_of(*command: str) -> Cost:
+    """Run a command.
+
+    Raises:
+        InputError: it failed.
+    """
     single = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
     start = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-m", module, *arguments], env={**os.environ, **single}, stdout=subprocess.DEVNULL
-    )
+    process = subprocess.Popen(command, env={**os.environ, **single}, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)  # unlike getrusage, of this command alone
     wall = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise InputError(f"python -m {module} {' '.join(arguments)}: failed ({process.returncode})")
+        raise InputError(f"{' '.join(command)}: failed ({process.returncode})")
     return Cost(usage.ru_utime + usage.ru_stime, wall, usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3))
