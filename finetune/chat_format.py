@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice, pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -38,6 +39,7 @@ from finetune.templates import (
     is_control,
 )
 
+BATCH = 256  # examples whose texts are encoded together
 CONTROL_TOKENS = (BOS, EOS, USER_START, USER_END, SYSTEM_START, SYSTEM_END)
 
 __all__ = [
@@ -159,37 +161,50 @@ def encode(
     Raises:
         InputError: the tokenizer lacks a control token.
     """
-    controls = {
-        name: np.array([number], np.int32)
-        for name, number in control_token_ids(tokenizer, chat_format.template).items()
-    }
-    for example in examples:
-        yield _encode(chat_format.segments(example), tokenizer, controls)
+    controls = _control_arrays(tokenizer, chat_format.template)
+    remaining = iter(examples)
+    while batch := list(islice(remaining, BATCH)):
+        yield from _encode(map(chat_format.segments, batch), tokenizer, controls)
 
 
 def encode_prompt(turns: Sequence[Turn], tokenizer: Tokenizer, template: ChatTemplate) -> list[int]:
     """Ids of an unfinished conversation, up to where the model's answer begins."""
-    controls = {name: np.array([number], np.int32) for name, number in control_token_ids(tokenizer, template).items()}
-    ids: list[int] = _encode(ChatFormat(template).prompt(turns), tokenizer, controls).ids.tolist()
+    prompt = ChatFormat(template).prompt(turns)
+    ids: list[int] = _encode([prompt], tokenizer, _control_arrays(tokenizer, template))[0].ids.tolist()
     return ids
 
 
-def _encode(stream: Iterable[Segment], tokenizer: Tokenizer, controls: dict[str, NDArray[np.int32]]) -> Encoded:
-    pieces: list[NDArray[np.int32]] = []
+def _encode(
+    streams: Iterable[Iterable[Segment]], tokenizer: Tokenizer, controls: dict[str, NDArray[np.int32]]
+) -> list[Encoded]:
+    """The documents of several streams, whose texts are encoded together: short ones cost a third of the time so."""
+    pieces: list[NDArray[np.int32] | None] = []  # None: the next of the texts
     trained: list[bool] = []
-    inside = False
-    for content, is_control_token, is_trained in stream:
-        if is_control_token:
-            pieces.append(controls[content])
-        else:
-            # Behind a control token a text starts with the word-start mark; behind other text it goes on.
-            pieces.append(tokenizer.encode_inside(content) if inside else tokenizer.encode_array(content))
-        inside = not is_control_token
-        trained.append(is_trained)
-    ids = np.concatenate(pieces) if pieces else np.empty(0, np.int32)
-    return Encoded(
-        ids.astype(np.int32, copy=False), np.repeat(trained, [len(piece) for piece in pieces]).astype(np.bool_)
-    )
+    texts: list[str] = []
+    ends = []
+    for stream in streams:
+        inside = False
+        for content, is_control_token, is_trained in stream:
+            if is_control_token:
+                pieces.append(controls[content])
+            else:
+                # Behind a control token a text starts with the word-start mark; behind other text it goes on.
+                texts.append(content if inside or not content else " " + content)
+                pieces.append(None)
+            inside = not is_control_token
+            trained.append(is_trained)
+        ends.append(len(pieces))
+    found = iter(tokenizer.encode_all(texts))
+    arrays = [next(found) if piece is None else piece for piece in pieces]
+    sizes = np.fromiter(map(len, arrays), np.int64, len(arrays))
+    ids = np.concatenate([*arrays, np.empty(0, np.int32)])
+    flags = np.repeat(np.array(trained, np.bool_), sizes)
+    borders = np.append(0, np.cumsum(sizes))[[0, *ends]].tolist()
+    return [Encoded(ids[begin:end], flags[begin:end]) for begin, end in pairwise(borders)]
+
+
+def _control_arrays(tokenizer: Tokenizer, template: ChatTemplate) -> dict[str, NDArray[np.int32]]:
+    return {name: np.array([number], np.int32) for name, number in control_token_ids(tokenizer, template).items()}
 
 
 def control_token_ids(tokenizer: Tokenizer, template: ChatTemplate = CRYSTALCHAT) -> dict[str, int]:

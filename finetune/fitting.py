@@ -14,19 +14,19 @@ LongPolicy = Literal["cut", "truncate", "split", "drop"]
 
 def fit(
     example: Example,
+    encoded: Encoded,
     encode_one: Callable[[Example], Encoded],
     limit: int,
     policy: LongPolicy,
     counts: Counter[str],
 ) -> Iterator[Encoded]:
-    """The example in documents of at most `limit` tokens.
+    """The example, whose document is `encoded`, in documents of at most `limit` tokens.
 
     policy: cut: as it is, whatever its length (rows cut it where they end). truncate: its first exchanges, as many as
     fit. split: all its exchanges, in several conversations that each open with the system turn. drop: nothing. A plain
     text is split, between any two tokens, unless it is cut. An exchange that alone is too long is left out.
     counts: gets "truncated", "split", "dropped" (conversations) and "dropped_exchanges".
     """
-    encoded = encode_one(example)
     if policy == "cut" or len(encoded.ids) <= limit:
         yield encoded
     elif isinstance(example, PlainText):

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from data_prep.provenance import Span
 from data_prep.sequences import SequenceWriter
 from data_prep.sources import Fault, FaultPolicy, discover
 from data_prep.tokenizer import Tokenizer
-from finetune.chat_format import ChatFormat, Encoded, encode
+from finetune.chat_format import BATCH, ChatFormat, Encoded, encode
 from finetune.conversation import DEFAULT_SYSTEM_PROMPT, Conversation, Example
 from finetune.fitting import LongPolicy, fit
 from finetune.packing import BestFitRows, PackedRows, Part, Rows
@@ -193,31 +194,37 @@ def _read_source(
         if Path(file.path).name in _OWN:
             continue
         files.append(file.path)
-        for record, example in read_examples(Path(file.path), faults):
-            origin = (number, len(files) - 1, record)
-            if isinstance(example, ReadyRow):
-                counts["ready_rows"] += 1
-                _keep_ready(example, sides[0], origin, f"{file.path}, record {record + 1}", options, faults, tokenizer)
-                continue
-            if isinstance(example, Conversation):
-                example = example.with_system(system)
-                counts["conversations"] += 1
-                counts["turns"] += len(example.turns)
-                counts["empty_answers"] += any(t.role == "assistant" and not t.text for t in example.turns)
-            else:
-                counts["texts"] += 1
-            for document in fit(example, encode_one, options.max_seq_length, options.long_policy, counts):
-                digest = blake2b(document.ids.tobytes(), digest_size=16).digest()
-                if options.dedup and digest in seen:
-                    counts["duplicates"] += 1
-                    continue
-                seen.add(digest)
-                # By its content: equal conversations fall on the same side, whatever the order of the files.
-                share = int.from_bytes(blake2b(digest, key=str(options.seed).encode()).digest()[:8]) / 2**64
-                side = sides[1] if share < options.valid else sides[0]
-                side.store.append(document)
-                side.origin.append(origin)
-                counts["tokens"] += len(document.ids)
+        examples = read_examples(Path(file.path), faults)
+        while batch := list(islice(examples, BATCH)):
+            kept: list[tuple[int, Example]] = []
+            for record, example in batch:
+                if isinstance(example, ReadyRow):
+                    counts["ready_rows"] += 1
+                    origin, place = (number, len(files) - 1, record), f"{file.path}, record {record + 1}"
+                    _keep_ready(example, sides[0], origin, place, options, faults, tokenizer)
+                elif isinstance(example, Conversation):
+                    counts["conversations"] += 1
+                    counts["empty_answers"] += any(t.role == "assistant" and not t.text for t in example.turns)
+                    opened = example.with_system(system)
+                    counts["turns"] += len(opened.turns)
+                    kept.append((record, opened))
+                else:
+                    counts["texts"] += 1
+                    kept.append((record, example))
+            documents = encode([example for _, example in kept], tokenizer, options.chat_format)
+            for (record, example), whole in zip(kept, documents, strict=True):
+                for document in fit(example, whole, encode_one, options.max_seq_length, options.long_policy, counts):
+                    digest = blake2b(document.ids.tobytes(), digest_size=16).digest()
+                    if options.dedup and digest in seen:
+                        counts["duplicates"] += 1
+                        continue
+                    seen.add(digest)
+                    # By its content: equal conversations fall on the same side, whatever the order of the files.
+                    share = int.from_bytes(blake2b(digest, key=str(options.seed).encode()).digest()[:8]) / 2**64
+                    side = sides[1] if share < options.valid else sides[0]
+                    side.store.append(document)
+                    side.origin.append((number, len(files) - 1, record))
+                    counts["tokens"] += len(document.ids)
     found = {key: counts[key] for key in ("conversations", "turns", "texts", "ready_rows", "tokens")}
     optional = ("empty_answers", "duplicates", "truncated", "split", "dropped", "dropped_exchanges")
     found |= {key: counts[key] for key in optional if counts[key]}

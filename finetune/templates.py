@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ class ChatTemplate:
         """The control token with which the model ends its last answer."""
         return next((part for part in (*self.assistant.after, *self.end) if is_control(part)), None)
 
-    @property
+    @cached_property
     def written_ends(self) -> tuple[int, int]:
         """How many parts of the assistant's `after`, and of `end`, the model writes itself: up to `answer_end`."""
         parts = (*self.assistant.after, *self.end)
@@ -122,6 +123,7 @@ class ChatTemplate:
         return yaml.safe_dump(plain(asdict(self)), sort_keys=False, allow_unicode=True)
 
 
+@cache
 def is_control(part: str) -> bool:
     """Whether a part names a control token."""
     return CONTROL.match(part) is not None

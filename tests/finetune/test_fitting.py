@@ -26,7 +26,11 @@ def dialogue(*sizes: int) -> Conversation:
 def fitted(tokenizer):
     def run(example, limit: int, policy):
         counts: Counter[str] = Counter()
-        documents = list(fit(example, lambda e: next(encode((e,), tokenizer)), limit, policy, counts))
+
+        def encode_one(example):
+            return next(encode((example,), tokenizer))
+
+        documents = list(fit(example, encode_one(example), encode_one, limit, policy, counts))
         assert policy == "cut" or all(len(document.ids) <= limit for document in documents)
         return [tokenizer.decode(document.ids) for document in documents], dict(counts), documents
 
