@@ -12,17 +12,19 @@ import torch
 from data_prep.errors import InputError
 from tools.bench import gpu_train
 from tools.bench.breakdown import PARTS, attribute
+from tools.bench.kernel_checks import SMALL, run_checks
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="measures on a CPU what it would on a GPU")
 
 
-def test_the_whole_script(tmp_path: Path) -> None:
+def test_the_whole_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Twice into one document: the section is replaced."""
     document, record = tmp_path / "benchmarks.md", tmp_path / "gpu.json"
     document.write_text("# Benchmarks\n")
-    flags = ["--device", "cpu", "--shapes", "tiny", "--budget", "0.5", "--out", str(document), "--json", str(record)]
+    flags = ["--device", "cpu", "--shapes", "tiny", "--budget", "60", "--out", str(document), "--json", str(record)]
     gpu_train.main(flags)
     gpu_train.main([*flags, "--skip-checks"])
+    assert capsys.readouterr().out.count(": ok\n") == len(list(run_checks(torch.device("cpu"), SMALL)))
     text = document.read_text()
     assert text.startswith("# Benchmarks\n\n<!-- gpu_train -->\n")
     assert text.count("<!-- gpu_train -->") == 1
@@ -46,9 +48,10 @@ def test_a_wrong_kernel_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(kernel_checks, "swiglu", lambda x, compiled: x[..., : x.shape[-1] // 2].sigmoid())
     out = tmp_path / "table.md"
     with pytest.raises(SystemExit) as end:
-        gpu_train.main(f"--device cpu --shapes tiny --budget 0.1 --out {out} --json {tmp_path / 'gpu.json'}".split())
+        gpu_train.main(f"--device cpu --shapes tiny --budget 0.001 --out {out} --json {tmp_path / 'gpu.json'}".split())
     assert end.value.code == 1
     assert "not swiglu in bfloat16, swiglu in float32" in out.read_text()
+    assert "no time left" in out.read_text()
 
 
 def test_backward_time_belongs_to_the_part_of_its_forward() -> None:
@@ -74,7 +77,7 @@ def test_backward_time_belongs_to_the_part_of_its_forward() -> None:
     ("arguments", "message"),
     [
         (["--shapes", "3"], "--shapes 3: use some of 1, 8, full, tiny"),
-        (["--precision", "fp16"], "--precision fp16: use some of bf16"),
+        (["--precision", "fp16"], "--precision fp16: use some of bf16, fp8"),
         (["--shapes", ","], "--shapes: names nothing"),
         (["--budget", "0"], "--budget 0: must be above 0"),
         ([], "--device cuda: torch sees no GPU"),

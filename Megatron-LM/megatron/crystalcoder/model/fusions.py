@@ -22,20 +22,23 @@ FUSIONS: dict[str, str] = {
 }
 
 Compile = Literal["auto", "off", "ops"]
+Fp8 = Literal["off", "on", "emulated"]
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How the model's mathematics is carried out; no setting changes what is computed beyond rounding.
+    """How the model's mathematics is carried out; no setting changes the result beyond rounding (fp8's is coarse).
 
     fusions: names from FUSIONS. compile: the fused passes by torch.compile one by one (ops),
     or none of it (off); auto is ops on a GPU, off on a CPU. loss_chunk: tokens whose logits are worked on at a time; 0:
-    as many as suit the device.
+    as many as suit the device. fp8: products of the linear layers inside the blocks in 8-bit floating point (on), or
+    the same numbers on a machine without them (emulated).
     """
 
     fusions: frozenset[str] = frozenset(FUSIONS)
     compile: Compile = "auto"
     loss_chunk: int = 0
+    fp8: Fp8 = "off"
 
     def __post_init__(self) -> None:
         unknown = sorted(self.fusions - set(FUSIONS))
@@ -43,6 +46,8 @@ class Speed:
             raise InputError(f"unknown fusion '{unknown[0]}': use all, none, or some of {', '.join(FUSIONS)}")
         if self.loss_chunk < 0:
             raise InputError(f"loss chunk {self.loss_chunk}: must be a number of tokens, or 0")
+        if self.fp8 != "off" and "wgrad" not in self.fusions:
+            raise InputError("--fp8 needs the fusion wgrad, whose linear layers it is part of: leave that in --fusions")
 
     def resolved(self, *, cuda: bool) -> Speed:
         """With `auto` decided for this device."""

@@ -24,6 +24,7 @@ from torch import Tensor
 from megatron.crystalcoder.model.config import ModelConfig, ParallelConfig
 from megatron.crystalcoder.model.fusions import Speed
 from megatron.crystalcoder.model.isolation import turn_by_given_positions
+from megatron.crystalcoder.model.kernels.fp8 import check_fp8
 from megatron.crystalcoder.model.kernels.loss import cross_entropy
 from megatron.crystalcoder.model.kernels.rotary import RotaryTable
 from megatron.crystalcoder.model.layer_spec import CoreConfig, crystalcoder_block_spec
@@ -35,8 +36,13 @@ def transformer_config(
     dtype: torch.dtype = torch.float32,
     speed: Speed | None = None,
 ) -> CoreConfig:
-    """megatron-core's description of the model. Raises InputError when the layout does not split the model."""
+    """megatron-core's description of the model. Raises InputError when the layout does not split the model, or this
+    machine has no fp8 products for it."""
     config.check_layout(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    if speed is not None and speed.fp8 != "off":
+        tp = parallel.tensor_model_parallel_size
+        sizes = {"hidden size": config.hidden_size // tp, "FFN hidden size": config.ffn_hidden_size // tp}
+        check_fp8(emulated=speed.fp8 == "emulated", sizes=sizes)
     recompute: dict[str, Any] = {}
     if parallel.recompute == "selective":
         recompute = {"recompute_granularity": "selective"}

@@ -86,8 +86,9 @@ class Candidate:
 
 
 def flops_per_token(model: ModelConfig, seq_length: int) -> float:
-    """Model FLOPs of one token's forward and backward pass: 6 per parameter + 12 L h s for attention (PaLM, app. B)."""
-    return 6 * model.num_parameters + 12 * model.num_layers * model.hidden_size * seq_length
+    """Model FLOPs of one token's forward and backward pass: 6 per parameter + 12 L h s for attention (PaLM, app. B).
+    Padding does not count."""
+    return 6 * model.unpadded.num_parameters + 12 * model.num_layers * model.hidden_size * seq_length
 
 
 def stage_flops_per_token(model: ModelConfig, seq_length: int, pp: int, recompute: Recompute) -> float:

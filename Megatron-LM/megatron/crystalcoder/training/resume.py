@@ -76,6 +76,7 @@ def is_run(checkpoint: Checkpoint) -> bool:
 
 def _go_on(config: TrainConfig, checkpoint: Checkpoint) -> Start:
     refuse_other_model(config.model, checkpoint)
+    _refuse_other_padding(config.model, checkpoint)
     _refuse_other_adapter(config, checkpoint)
     if config.load_optimizer:
         _refuse_other_optimizer(config, checkpoint)
@@ -96,9 +97,9 @@ def _go_on(config: TrainConfig, checkpoint: Checkpoint) -> Start:
 def refuse_other_model(model: ModelConfig, checkpoint: Checkpoint) -> None:
     """Raise InputError when the checkpoint records another model than the one configured.
 
-    The longest sequence may differ: rotary positions have no table that it would have to fit.
+    The longest sequence may differ: rotary positions have no table that it would have to fit. So may padding.
     """
-    theirs = checkpoint.config
+    model, theirs = model.unpadded, checkpoint.config.unpadded
     names = ["vocab_size", "hidden_size", "num_layers", "num_attention_heads", "ffn_hidden_size", "rotary_dim"]
     names += ["rotary_base", "layernorm_epsilon", "tie_word_embeddings"]
     if checkpoint.mup_recorded:
@@ -109,6 +110,17 @@ def refuse_other_model(model: ModelConfig, checkpoint: Checkpoint) -> None:
             raise InputError(
                 f"{checkpoint.path}: the checkpoint records {name} {recorded}, but {ours} is asked for: "
                 "drop that setting, or load another checkpoint"
+            )
+
+
+def _refuse_other_padding(model: ModelConfig, checkpoint: Checkpoint) -> None:
+    """Raise InputError when a run would go on with other stored sizes: its moments have those it began with."""
+    for name, remedy in (("ffn_hidden_size", "--ffn-multiple-of as the run began"), ("vocab_size", "the same")):
+        ours, recorded = getattr(model, name), getattr(checkpoint.config, name)
+        if ours != recorded:
+            raise InputError(
+                f"{checkpoint.path}: this run has {name} {recorded}, padding included, but would go on with {ours}: "
+                f"give {remedy}"
             )
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from data_prep.errors import InputError
-from megatron.crystalcoder.model.fusions import FUSIONS, Compile, Speed, parse_fusions
+from megatron.crystalcoder.model.config import ModelConfig
+from megatron.crystalcoder.model.fusions import FUSIONS, Compile, Fp8, Speed, parse_fusions
 from megatron.crystalcoder.training.config import ProfileSettings, TrainConfig
 
 
@@ -28,6 +29,21 @@ def add_speed_arguments(group: Any) -> None:
         help="torch.compile for the fused passes one by one (ops), or not (off); auto (default): ops on a GPU",
     )
     group.add_argument(
+        "--fp8",
+        choices=get_args(Fp8),
+        default="off",
+        help="products of the blocks' linear layers in 8-bit floating point (on), or the same numbers, slowly, where "
+        "there are no such products (emulated); default: off",
+    )
+    group.add_argument(
+        "--ffn-multiple-of",
+        type=int,
+        default=0,
+        metavar="N",
+        help="pad each tensor-parallel rank's FFN with zeros, which stay zero, to a multiple of N: 128 suits GPUs, "
+        "whose products are slow on the 7B model's 10,922; default: 0, as it is",
+    )
+    group.add_argument(
         "--loss-chunk", type=int, default=0, metavar="TOKENS", help="tokens whose fp32 logits exist at a time; 0: auto"
     )
     group.add_argument(
@@ -45,16 +61,30 @@ def add_speed_arguments(group: Any) -> None:
 
 
 def with_speed_flags(config: TrainConfig, options: argparse.Namespace) -> TrainConfig:
-    """`config` as the parsed flags want it. Raises InputError for an unknown fusion or a profile of no steps."""
+    """`config` as the parsed flags want it. Raises InputError for an unknown fusion, a profile of no steps, or settings
+    that do not go together."""
     profile_dir = options.profile_dir or (config.save / "profile" if config.save else None)
     if not options.profile and (options.profile_dir or options.profile_ranks):
         raise InputError("--profile-dir and --profile-ranks need --profile: add it, or drop them")
     return replace(
         config,
-        speed=Speed(parse_fusions(options.fusions), options.compile, options.loss_chunk),
+        model=_padded(config, options.ffn_multiple_of),
+        speed=Speed(parse_fusions(options.fusions), options.compile, options.loss_chunk, options.fp8),
         profile=_profile(options.profile, profile_dir, options.profile_ranks or "0") if options.profile else None,
         peak_tflops=options.peak_tflops,
     )
+
+
+def _padded(config: TrainConfig, multiple: int) -> ModelConfig:
+    model = config.model
+    if multiple < 0:
+        raise InputError(f"--ffn-multiple-of {multiple}: must be at least 1, or 0 for no padding")
+    if not multiple:
+        return model
+    if config.lora is not None:
+        raise InputError("--ffn-multiple-of does not go with --lora-rank: an adapter has its base's sizes; drop it")
+    step = multiple * config.parallel.tensor_model_parallel_size
+    return model.padded(model.vocab_size, -(-model.unpadded.ffn_hidden_size // step) * step)
 
 
 def _profile(steps: str, folder: Path | None, ranks: str) -> ProfileSettings:

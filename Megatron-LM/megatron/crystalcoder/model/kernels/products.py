@@ -28,6 +28,14 @@ def _by_onednn(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu" and _onednn_beats_mkl()
 
 
+def operand(x_ti: Tensor) -> Tensor:
+    """What the products take of x: itself. (fp8 takes something else: see `fp8`.)"""
+    return x_ti
+
+
+gradient_operand = operand
+
+
 def forward(x_ti: Tensor, weight_oi: Tensor, bias_o: Tensor | None = None) -> Tensor:
     """x W^T + b, (t, o); t may be several dimensions."""
     if _by_onednn(x_ti):
@@ -43,14 +51,19 @@ def by_input(gradient_to: Tensor, weight_oi: Tensor) -> Tensor:
 
 
 def by_weight(gradient_to: Tensor, x_ti: Tensor) -> Tensor:
-    """The weight's gradient g^T x, (o, i)."""
+    """The weight's gradient g^T x, (o, i); x may have several dimensions in the place of t."""
+    x_ti = x_ti.flatten(0, -2)
     if _by_onednn(x_ti):
         return torch.ops.mkldnn._linear_pointwise(gradient_to.t(), x_ti.t(), None, "none", [], "")
     return gradient_to.t() @ x_ti
 
 
 def add_by_weight(total_oi: Tensor, gradient_to: Tensor, x_ti: Tensor) -> None:
-    """Add g^T x to the fp32 `total_oi`. On CUDA the sum stays in fp32 from the first product on, also for bf16."""
+    """Add g^T x to the fp32 `total_oi`; x as in `by_weight`.
+
+    On CUDA the sum stays in fp32 from the first product on, also for bf16.
+    """
+    x_ti = x_ti.flatten(0, -2)
     if total_oi.dtype == x_ti.dtype and not _by_onednn(x_ti):
         total_oi.addmm_(gradient_to.t(), x_ti)
     elif x_ti.is_cuda and _cuda_adds_to_fp32():
