@@ -15,9 +15,11 @@ already. Chance is a pure function of (seed, epoch, file, row or document), neve
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -28,6 +30,7 @@ from data_prep.token_cuts import TokenCuts
 from data_prep.tokenizer import FimIds, Tokenizer
 
 Level = Literal["char", "token"]
+Ids = list[np.ndarray]  # in stretches, one behind the other
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Draws(NamedTuple):
     def of(cls, *key: str | int) -> Draws:
         """The draws of a key: (seed, epoch, file, row, document)."""
         digest = hashlib.blake2b("\0".join(map(str, key)).encode(), digest_size=32).digest()
-        return cls(*((np.frombuffer(digest, "<u8") >> np.uint64(11)).astype(float) * 2.0**-53).tolist())
+        return cls(*(2.0**-53 * (number >> 11) for number in struct.unpack("<4Q", digest)))
 
     def cuts(self, length: int) -> tuple[int, int]:
         """Two positions 0 … length, the smaller first."""
@@ -74,22 +77,22 @@ def fim_document(text: str, tokenizer: Tokenizer, settings: FimSettings, draws: 
     if settings.level == "token":
         ids = tokenizer.encode_array(text)
         a, b = draws.cuts(len(ids))
-        parts = [ids[:a], ids[a:b], ids[b:]]
+        parts = [[ids[:a]], [ids[a:b]], [ids[b:]]]
     else:
         a, b = draws.cuts(len(text))
         texts = [text[:a], text[a:b], text[b:]]
         first = next(i for i, part in enumerate(texts) if part)
         texts[first] = " " + texts[first]
-        parts = [tokenizer.encode_inside(part) for part in texts]
-    return arrange(*parts, fim=tokenizer.fim_ids, is_spm=draws.order < settings.spm_rate)
+        parts = [[tokenizer.encode_inside(part)] for part in texts]
+    return np.concatenate(arrange(*parts, fim=tokenizer.fim_ids, is_spm=draws.order < settings.spm_rate))
 
 
-def arrange(prefix: np.ndarray, middle: np.ndarray, suffix: np.ndarray, *, fim: FimIds, is_spm: bool) -> np.ndarray:
+def arrange(prefix: Ids, middle: Ids, suffix: Ids, *, fim: FimIds, is_spm: bool) -> Ids:
     """The three parts with their marks in the order PSM or SPM."""
     pre, suf, mid = (np.array([mark], np.int32) for mark in (fim.prefix, fim.suffix, fim.middle))
     if is_spm:
-        return np.concatenate([pre, suf, suffix, mid, prefix, middle])
-    return np.concatenate([pre, prefix, suf, suffix, mid, middle])
+        return [pre, suf, *suffix, mid, *prefix, *middle]
+    return [pre, *prefix, suf, *suffix, mid, *middle]
 
 
 def undo(ids: Sequence[int] | np.ndarray, fim: FimIds) -> list[int]:
@@ -136,9 +139,10 @@ class RowFim:
         length, eos = row.shape[1], self.tokenizer.eos_id
         is_full = bool(row[1, -1])
         room = length + 1  # the last token is a label only
-        parts: list[np.ndarray] = []
-        texts = np.split(stream, np.flatnonzero(stream == eos) + 1)
-        for number, text in enumerate(texts):
+        parts: Ids = []
+        ends = [*(np.flatnonzero(stream == eos) + 1).tolist(), len(stream)]
+        for number, (begin, end) in enumerate(pairwise([0, *ends])):
+            text = stream[begin:end]
             ending = text[-1:] if len(text) and text[-1] == eos else text[:0]
             plain = text[: len(text) - len(ending)]
             self.counts["texts"] += len(plain) > 0
@@ -155,12 +159,12 @@ class RowFim:
                 continue
             self.counts["texts_transformed"] += 1
             self.counts["tokens_dropped"] += len(plain) - num_fitting
+            parts += part
             if num_fitting < len(plain):
-                parts.append(part)
-                self.counts["tokens_dropped"] += sum(map(len, texts[number + 1 :]))
+                self.counts["tokens_dropped"] += len(stream) - end
                 break
-            parts += [part, ending]
-            room -= len(part) + len(ending)
+            parts.append(ending)
+            room -= sum(map(len, part)) + len(ending)
         return padded_row(np.concatenate(parts), length, self.tokenizer.fim_ids.pad)
 
     def _check(self, stream: np.ndarray, key: Sequence[str | int]) -> None:
@@ -177,29 +181,27 @@ class RowFim:
     def _has_text(self, text: np.ndarray) -> bool:
         return len(text) > (1 if len(text) and text[0] == self.tokenizer.bos_id else 0)
 
-    def _fit(self, text: np.ndarray, draws: Draws, room: int) -> tuple[np.ndarray, int]:
+    def _fit(self, text: np.ndarray, draws: Draws, room: int) -> tuple[Ids, int]:
         """The transform of as much of `text` as fits into `room` tokens, and how many of its tokens that is."""
+        has_bos = int(len(text) > 0 and text[0] == self.tokenizer.bos_id)
+        ends = self._cuts.ends(text[has_bos:])
         count = min(len(text), max(0, room - 3))
         while count > 0:
-            part = self._transform(text[:count], draws)
-            if len(part) <= room:
+            part = [text[:has_bos], *self._transform(text[has_bos:count], ends[: count - has_bos], draws, has_bos)]
+            size = sum(map(len, part))
+            if size <= room:
                 return part, count
-            count -= len(part) - room
-        return text[:0], 0
+            count -= size - room
+        return [], 0
 
-    def _transform(self, text: np.ndarray, draws: Draws) -> np.ndarray:
-        has_bos = int(text[0] == self.tokenizer.bos_id)
-        body = text[has_bos:]
+    def _transform(self, body: np.ndarray, ends: np.ndarray, draws: Draws, is_start: int) -> Ids:
+        parts: tuple[Ids, Ids, Ids]
         if self.settings.level == "token":
             a, b = draws.cuts(len(body))
-            prefix, middle, suffix = body[:a], body[a:b], body[b:]
+            parts = [body[:a]], [body[a:b]], [body[b:]]
         else:
             # The space that the tokenizer put in front of a document is no character of it: no cut behind it.
-            dummy = int(has_bos and self._cuts.starts_with_dummy(body))
-            a, b = draws.cuts(self._cuts.count(body) - dummy)
-            before, suffix = self._cuts.split(body, b + dummy if b else 0)
-            prefix, middle = self._cuts.split(before, a + dummy if a else 0)
-        is_spm = draws.order < self.settings.spm_rate
-        return np.concatenate(
-            [text[:has_bos], arrange(prefix, middle, suffix, fim=self.tokenizer.fim_ids, is_spm=is_spm)]
-        )
+            dummy = int(is_start and self._cuts.starts_with_dummy(body))
+            a, b = draws.cuts((int(ends[-1]) if len(body) else 0) - dummy)
+            parts = self._cuts.cut_twice(body, ends, a + dummy if a else 0, b + dummy if b else 0)
+        return arrange(*parts, fim=self.tokenizer.fim_ids, is_spm=draws.order < self.settings.spm_rate)

@@ -12,7 +12,7 @@ from data_prep.errors import InputError
 from data_prep.fim import FimSettings, RowFim
 from data_prep.manifest import Record, input_identity, record
 from data_prep.reference_fim import ReferenceFimTask, fim_file_like_reference
-from data_prep.sequences import SequenceFile, SequenceWriter, sequence_files
+from data_prep.sequences import SequenceFile, SequenceWriter, compress_row, sequence_files
 from data_prep.tokenizer import load_tokenizer_once
 
 
@@ -104,8 +104,9 @@ def fim_file(task: FimTask) -> Record:
         if task.settings.rate == 0:
             target.write_compressed(source.compressed())
         else:
-            for number, row in enumerate(source.rows()):
-                target.write(transform(row, task.epoch, task.name, number)[None])
+            target.write_compressed(
+                compress_row(transform(row, task.epoch, task.name, number)) for number, row in enumerate(source.rows())
+            )
     counts = dict(transform.counts) | {"sequences": target.num_rows}
     output = Path(task.target).relative_to(task.out).as_posix()
     return record(inputs=[task.source], outputs={output: target.summary}, counts=counts)

@@ -67,9 +67,11 @@ def stream_of(row: np.ndarray) -> np.ndarray:
 
     Padding is the run of loss mask 0 at the end: the padding id alone would not tell, it is often EOS.
     """
-    counted = np.flatnonzero(row[1])
-    count = int(counted[-1]) + 1 if len(counted) else 0
-    return np.append(row[0, :count], row[2, count - 1 : count])
+    count = row.shape[1]
+    if not row[1, -1]:
+        counted = np.flatnonzero(row[1])
+        count = int(counted[-1]) + 1 if len(counted) else 0
+    return np.concatenate([row[0, :count], row[2, count - 1 : count]])
 
 
 def unpack(rows: Iterator[np.ndarray], eos_id: int) -> Iterator[np.ndarray]:

@@ -25,6 +25,8 @@ from data_prep.spill import Spill, write_spill
 
 # About so many bytes of compressed rows are held at a time, in either pass.
 BLOCK_BYTES = 192 << 20
+# Smaller inputs are divided into so many stretches, for the processes to share; not into tiny ones.
+STRETCHES, STRETCH_BYTES = 16, 4 << 20
 
 
 class SpillTask(NamedTuple):
@@ -83,9 +85,11 @@ def shuffle(
     total = sum(sizes)
     if not 1 <= files <= total:
         raise InputError(f"--files {files}: there are {total} sequences, so 1 to {total} files are possible")
-    row_bytes = max(1, sum(path.stat().st_size for path in sources) // total)
+    num_bytes = sum(path.stat().st_size for path in sources)
+    row_bytes = max(1, num_bytes // total)
     block = max(1, BLOCK_BYTES // row_bytes)
-    spill_tasks = list(_spill_tasks(sources, sizes, block, seed, out / TASKS))
+    stretch = max(1, min(BLOCK_BYTES, max(num_bytes // STRETCHES, STRETCH_BYTES)) // row_bytes)
+    spill_tasks = list(_spill_tasks(sources, sizes, stretch, seed, out / TASKS))
     spills = tuple(task.target for task in spill_tasks)
     tasks = []
     for number in range(files):
@@ -106,12 +110,12 @@ def shuffle(
 
 
 def _spill_tasks(
-    sources: Sequence[Path], sizes: Sequence[int], block: int, seed: int, folder: Path
+    sources: Sequence[Path], sizes: Sequence[int], stretch: int, seed: int, folder: Path
 ) -> Iterator[SpillTask]:
-    """Stretches of at most `block` rows, each with the sources that it lies in."""
+    """Stretches of at most `stretch` rows, each with the sources that it lies in."""
     ends = np.cumsum(sizes)
     total = int(ends[-1])
-    count = -(-total // block)
+    count = -(-total // stretch)
     for number in range(count):
         start, stop = number * total // count, (number + 1) * total // count
         low, high = int(np.searchsorted(ends, start, side="right")), int(np.searchsorted(ends, stop, side="left"))

@@ -27,7 +27,7 @@ def write_spill(path: Path, destinations: np.ndarray, chunks: Sequence[bytes], s
     ends = np.cumsum(np.array([0, *map(len, chunks)])[1:][order])
     paths = json.dumps(spans.paths).encode() if spans else b""
     num_spans = len(spans.spans) if spans else -1
-    with path.open("wb") as file:
+    with path.open("wb", buffering=1 << 20) as file:
         file.write(HEADER.pack(len(chunks), num_spans, len(paths), int(ends[-1]) if len(ends) else 0))
         file.write(destinations[order].astype("<i8").tobytes())
         file.write(ends.astype("<i8").tobytes())

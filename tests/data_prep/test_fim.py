@@ -111,6 +111,20 @@ def test_a_text_without_room_for_marks_stays(tokenizer: Tokenizer) -> None:
             assert stream == ids[: length + 1] or tokenizer.fim_ids.middle in stream
 
 
+def test_a_last_text_of_one_token(tokenizer: Tokenizer) -> None:
+    """A full row's last text is left alone where its only token is the first of the next row.
+
+    Planted: that token looked at after it is taken off -> IndexError, fails.
+    """
+    eos, token = tokenizer.eos_id, tokenizer.encode("the")[0]
+    stream = np.array([tokenizer.bos_id, *tokenizer.encode("and then"), eos, token], np.int32)
+    row = Packer(len(stream) - 1, eos).add(stream)[0]
+    for seed in range(9):
+        result = stream_of(RowFim(tokenizer, FimSettings(1.0, seed=seed))(row, 0, "a.h5", 0))
+        assert len(result) <= len(stream)
+        assert result[0] == tokenizer.bos_id
+
+
 def test_chances() -> None:
     draws = np.array([Draws.of(1, 0, "a.h5", n, 0) for n in range(4000)])
     assert ((draws >= 0) & (draws < 1)).all()
