@@ -26,7 +26,8 @@ def main() -> None:
         platform.initialize()
         from megatron.crystalcoder.checkpoint.random_init import RandomWeights
         from megatron.crystalcoder.model.initialization import InitSettings
-        from megatron.crystalcoder.training.loop import EXIT_INTERRUPTED, NonFiniteError, train
+        from megatron.crystalcoder.training.loop import EXIT_INTERRUPTED, train
+        from megatron.crystalcoder.training.step_reader import NonFiniteError
 
         new_weights = RandomWeights(config.model, InitSettings.for_hf(config.model), config.seed)
         try:

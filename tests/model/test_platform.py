@@ -19,10 +19,13 @@ def _one_rank():
     platform.shutdown()
 
 
-def test_adam_equals_the_formula_in_fp64():
-    """Five steps on random gradients against AdamW written out in fp64, to fp32 rounding.
+@pytest.mark.parametrize(("fused", "scale"), [(True, None), (True, 3.0), (False, None)])
+def test_adam_equals_the_formula_in_fp64(fused, scale):
+    """Five steps on random gradients against AdamW written out in fp64, to fp32 rounding: in one pass, in one pass with
+    the gradients divided by a scale, and operation by operation.
 
-    Right: 6e-7. Planted: decay not multiplied by lr -> 1.1; eps inside the root -> 2e-2; no bias correction -> 3e-1.
+    Right: 6e-7. Planted: decay not multiplied by lr -> 1.1; eps inside the root -> 2e-2; no bias correction -> 3e-1;
+    the scale left out -> 7e-1.
     """
     lr, beta1, beta2, eps, decay = 3e-2, 0.9, 0.95, 1e-3, 0.1
     generator = torch.Generator().manual_seed(5)
@@ -33,12 +36,14 @@ def test_adam_equals_the_formula_in_fp64():
         betas=(beta1, beta2),
         eps=eps,
     )
+    optimizer.fused = fused
+    optimizer.grad_scale = None if scale is None else torch.tensor(scale)
     expected = [parameter.detach().double() for parameter in parameters]
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in expected]
     for step in range(1, 6):
         for i, parameter in enumerate(parameters):
             parameter.grad = torch.randn(parameter.shape, generator=generator)
-            gradient = parameter.grad.double()
+            gradient = parameter.grad.double() / (scale or 1.0)
             m = beta1 * moments[i][0] + (1 - beta1) * gradient
             v = beta2 * moments[i][1] + (1 - beta2) * gradient**2
             moments[i] = (m, v)
@@ -48,6 +53,26 @@ def test_adam_equals_the_formula_in_fp64():
     for parameter, reference in zip(parameters, expected, strict=True):
         assert (parameter - reference).abs().max() < 1e-6
     assert [group["step"] for group in optimizer.param_groups] == [5, 5]
+
+
+def test_adam_leaves_out_what_is_not_finite():
+    """With `found_inf` nothing changes but the count, which can be taken back: the next step is as if it had not been.
+
+    Planted: the count not taken back -> the next step differs by 9e-2.
+    """
+    parameters = [torch.nn.Parameter(torch.ones(5)) for _ in range(2)]
+    with_it, without = (platform.GroupStepAdamW([parameter], lr=0.1) for parameter in parameters)
+    for value, finite in ((1.0, True), (float("nan"), False), (-0.5, True)):
+        parameters[0].grad = torch.full((5,), value)
+        with_it.found_inf = torch.tensor(float(not finite))
+        with_it.step()
+        if finite:
+            parameters[1].grad = torch.full((5,), value)
+            without.step()
+        else:
+            with_it.take_back_step()
+        assert torch.equal(parameters[0], parameters[1])
+    assert with_it.param_groups[0]["step"] == 2
 
 
 def test_adam_state_survives_saving_and_loading():

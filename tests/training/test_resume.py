@@ -58,7 +58,7 @@ def train_here(rows_file: Path, save: Path, **changes: Any) -> Any:
 def die_in_step(step: int, data: Path, save: Path, **changes: Any) -> None:
     from megatron.crystalcoder.training import loop
 
-    done, real_step = 0, loop.train_step
+    done, real_step = 0, loop.start_step
 
     def fatal_step(*args: Any, **kwargs: Any) -> Any:
         nonlocal done
@@ -67,13 +67,13 @@ def die_in_step(step: int, data: Path, save: Path, **changes: Any) -> None:
             raise KeyboardInterrupt
         return real_step(*args, **kwargs)
 
-    loop.train_step = fatal_step
+    loop.start_step = fatal_step
     try:
         train_here(data, save, **changes)
     except KeyboardInterrupt:
         pass
     finally:
-        loop.train_step = real_step
+        loop.start_step = real_step
 
 
 def keep_copy(source: Path, target: Path) -> None:

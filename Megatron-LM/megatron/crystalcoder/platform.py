@@ -35,6 +35,13 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if is_cuda() else torch.device("cpu")
 
 
+def to_device(tensor: torch.Tensor) -> torch.Tensor:
+    """A CPU tensor on this rank's device. On a GPU by way of pinned memory, so that the host does not wait."""
+    if not is_cuda():
+        return tensor
+    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device(), non_blocking=True)
+
+
 def peak_flops() -> float | None:
     """Dense bf16 peak of this rank's GPU in FLOP/s, or None where it is not known (a CPU, another GPU)."""
     if not is_cuda():
@@ -173,6 +180,11 @@ class GroupStepAdamW(torch.optim.Optimizer):
 
     torch's own AdamW keeps `step` per parameter; megatron-core's distributed optimizer saves and loads it from the
     param group, as FusedAdam has it. State per parameter: exp_avg, exp_avg_sq, of the parameter's shape and dtype.
+
+    Two attributes, tensors () on the device, as torch's fused optimizers have them under gradient scaling: gradients
+    are divided by `grad_scale`, and with `found_inf` at 1 parameters and moments stay as they are. The host need not
+    know either; `group["step"]` counts a step left out too, until `take_back_step`. `fused` off writes the update out
+    operation by operation, and knows neither.
     """
 
     def __init__(
@@ -190,6 +202,9 @@ class GroupStepAdamW(torch.optim.Optimizer):
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": True}
         )
+        self.fused = True
+        self.grad_scale: torch.Tensor | None = None
+        self.found_inf: torch.Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure, no loss
@@ -204,22 +219,41 @@ class GroupStepAdamW(torch.optim.Optimizer):
                 if not self.state[parameter]:
                     self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
                     self.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
-            step = torch.tensor(float(group["step"]), device=parameters[0].device)
-            torch._fused_adamw_(
-                parameters,
-                [parameter.grad for parameter in parameters],
-                [self.state[parameter]["exp_avg"] for parameter in parameters],
-                [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
-                [],
-                [step] * len(parameters),
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                amsgrad=False,
-                maximize=False,
-            )
+            (self._fused_update if self.fused else self._plain_update)(group, parameters)
+
+    def take_back_step(self) -> None:
+        """Uncount a step that `found_inf` left out."""
+        for group in self.param_groups:
+            group["step"] -= 1
+
+    def _fused_update(self, group: dict[str, Any], parameters: list[Any]) -> None:
+        step = torch.full((), float(group["step"]), device=parameters[0].device)
+        torch._fused_adamw_(
+            parameters,
+            [parameter.grad for parameter in parameters],
+            [self.state[parameter]["exp_avg"] for parameter in parameters],
+            [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
+            [],
+            [step] * len(parameters),
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+            grad_scale=self.grad_scale,
+            found_inf=self.found_inf,
+        )
+
+    def _plain_update(self, group: dict[str, Any], parameters: list[Any]) -> None:
+        (beta1, beta2), lr, step = group["betas"], group["lr"], group["step"]
+        for parameter in parameters:
+            mean, square = self.state[parameter]["exp_avg"], self.state[parameter]["exp_avg_sq"]
+            mean.mul_(beta1).add_(parameter.grad, alpha=1 - beta1)
+            square.mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1 - beta2)
+            root = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
+            parameter.mul_(1 - lr * group["weight_decay"]).addcdiv_(mean, root, value=-lr / (1 - beta1**step))
 
 
 def _provide_adam() -> None:

@@ -19,6 +19,7 @@ FUSIONS: dict[str, str] = {
     "rotary": "queries and keys turned in place",
     "loss": "logits, their scale and cross-entropy by chunks, without the whole batch's fp32 logits",
     "wgrad": "weight gradients added straight to the fp32 main gradients; biases added inside the product",
+    "adamw": "clipping, leaving out a step that is not finite, and AdamW in one pass, decided on the device",
 }
 
 Compile = Literal["auto", "off", "ops"]

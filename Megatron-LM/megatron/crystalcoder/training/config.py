@@ -156,5 +156,6 @@ class TrainConfig:
     log_timers: bool = False
     tensorboard_dir: Path | None = None
     tensorboard_queue_size: int = 10
+    read_losses: Literal["auto", "now", "late"] = "auto"  # late: while the next step runs; auto: so on a GPU
     profile: ProfileSettings | None = None
     peak_tflops: float | None = None  # of one rank's device, for MFU; None: known by the GPU's name

@@ -14,33 +14,30 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
+from torch import Tensor
 
 from data_prep.errors import InputError
 from megatron.crystalcoder import platform
 from megatron.crystalcoder.checkpoint.load import load_weights
 from megatron.crystalcoder.checkpoint.weights import WeightSource
 from megatron.crystalcoder.data.loader import micro_batches, open_data
-from megatron.crystalcoder.data.order import Order
 from megatron.crystalcoder.model.gpt import build_model
 from megatron.crystalcoder.training.accounting import Accounting, open_account
 from megatron.crystalcoder.training.best_checkpoint import BestCheckpoint
 from megatron.crystalcoder.training.config import TrainConfig
 from megatron.crystalcoder.training.evaluation import evaluate, open_evaluation_sets
 from megatron.crystalcoder.training.lora import add_lora
-from megatron.crystalcoder.training.metrics import MetricsLog, StepFacts
+from megatron.crystalcoder.training.metrics import MetricsLog
 from megatron.crystalcoder.training.optimizer import build_optimizer
 from megatron.crystalcoder.training.profiling import StepProfiler
 from megatron.crystalcoder.training.resume import Progress, Start, find_start
 from megatron.crystalcoder.training.run_state import load_run, save_run
 from megatron.crystalcoder.training.schedules import learning_rate
-from megatron.crystalcoder.training.step import StepResult, num_micro_batches, train_step
+from megatron.crystalcoder.training.step import start_step
+from megatron.crystalcoder.training.step_reader import StepReader, reads_late
 
 # The exit code of a program that a SIGTERM ended, by the shells' convention.
 EXIT_INTERRUPTED = 128 + signal.SIGTERM
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or the gradient norm became NaN or infinite; the message says at which iteration, rank and rows."""
 
 
 @dataclass(frozen=True)
@@ -90,38 +87,39 @@ def train(
     )
     if on_checkpoint is not None:
         on_checkpoint(progress, account)
-    lm_loss, interrupted = None, False
+    late = reads_late(config, optimizer)
     with (
         MetricsLog(config, resumed_iteration=progress.iteration) as log,
         stop_on_sigterm() as stop_requested,
         profiler,
     ):
         best = BestCheckpoint(config)
-        while progress.iteration < config.train_iters and not (interrupted or best.exhausted):
+        reader = StepReader(config, order, log, late=late)
+        while progress.iteration < config.train_iters and not (reader.stop_requested or best.exhausted):
             lr = learning_rate(config.schedule, step=progress.iteration, samples=progress.consumed_samples)
-            with profiler.step(progress.iteration + 1):
-                result = train_step(model, optimizer, data, config, lr=lr)
-            if not result.updated and not config.skip_nonfinite:
-                raise NonFiniteError(describe_non_finite(result, config, progress, order))
-            progress = Progress(progress.iteration + 1, progress.consumed_samples + config.global_batch_size)
-            lm_loss = result.lm_loss
-            norm = parameters_norm(model) if config.log_params_norm else None
-            log.step(StepFacts(progress.iteration, progress.consumed_samples, result, lr, norm))
+            before = progress
+            progress = Progress(before.iteration + 1, before.consumed_samples + config.global_batch_size)
+            with profiler.step(progress.iteration):
+                step = start_step(model, optimizer, data, config, lr=lr)
+                norm = parameters_norm(model) if config.log_params_norm else None
+                reader.add(step, before, progress, lr=lr, stop=stop_requested(), params_norm=norm)
 
-            if evaluation_sets and progress.iteration % config.eval_interval == 0:
+            evaluates = bool(evaluation_sets) and progress.iteration % config.eval_interval == 0
+            due = config.save_interval > 0 and progress.iteration % config.save_interval == 0
+            if evaluates or due or reader.stop_requested or progress.iteration == config.train_iters:
+                reader.read_all()
+            if evaluates:
                 losses = evaluate(model, evaluation_sets, config)
                 log.evaluation(progress.iteration, losses)
                 best.follow(losses, progress, model, optimizer, account)
                 log.restart_clock()
-            interrupted = stop_requested()
-            due = config.save_interval > 0 and progress.iteration % config.save_interval == 0
-            ends = interrupted or best.exhausted or progress.iteration == config.train_iters
+            ends = reader.stop_requested or best.exhausted or progress.iteration == config.train_iters
             if config.save is not None and (due or ends):
                 save_run(config, model, optimizer, progress, account)
                 if on_checkpoint is not None:
                     on_checkpoint(progress, account)
                 log.restart_clock()
-    return TrainResult(progress.iteration, progress.consumed_samples, lm_loss, interrupted)
+    return TrainResult(progress.iteration, progress.consumed_samples, reader.lm_loss, reader.stop_requested)
 
 
 def check_sizes(config: TrainConfig) -> None:
@@ -180,58 +178,37 @@ def build(config: TrainConfig, start: Start) -> tuple[DistributedDataParallel, M
     stage.config.finalize_model_grads_func = finalize_model_grads
     if parallel.overlap_grad_reduce:
         stage.config.no_sync_func = model.no_sync
-    optimizer = build_optimizer(model, config.optimizer, parallel, bf16=config.bf16)
+    optimizer = build_optimizer(
+        model, config.optimizer, parallel, bf16=config.bf16, fused="adamw" in config.speed.fusions
+    )
     load_run(start, config, model, optimizer)
     return model, optimizer
 
 
-def parameters_norm(model: DistributedDataParallel) -> float:
-    """L2 norm of all parameters of the model, each counted once whatever the layout."""
+@torch.no_grad()
+def parameters_norm(model: DistributedDataParallel) -> Tensor:
+    """L2 norm of all parameters of the model, each counted once whatever the layout; fp64 ()."""
     total = torch.zeros((), dtype=torch.float64, device=platform.device())
     for parameter in model.parameters():
         if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter):
             total += parameter.detach().double().square().sum()
     dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
-    return float(total.sqrt())
-
-
-def describe_non_finite(result: StepResult, config: TrainConfig, progress: Progress, order: Order) -> str:
-    """Which iteration, rank and rows to look at. `progress` is that before the step."""
-    dp_size = parallel_state.get_data_parallel_world_size()
-    size = config.micro_batch_size
-    places = []
-    for each in result.non_finite:
-        micro = each.micro_batches or range(num_micro_batches(config))
-        rows = [
-            order.rows(
-                progress.consumed_samples + number * size * dp_size,
-                micro_batch_size=size,
-                dp_rank=each.data_parallel_rank,
-                dp_size=dp_size,
-            ).tolist()
-            for number in list(micro)[:8]
-        ]
-        what = "its loss" if each.micro_batches else f"the gradient of {each.parameter}"
-        places.append(f"rank {each.rank}: {what}, from rows {', '.join(map(str, rows))}")
-    return (
-        f"iteration {progress.iteration + 1}: loss {result.lm_loss}, gradient norm {result.grad_norm} is not finite; "
-        f"{'; '.join(places)}. The weights are unchanged; the last checkpoint stands. Look at those rows, lower the "
-        "learning rate, or pass --skip-nonfinite to leave such steps out"
-    )
+    return total.sqrt()
 
 
 @contextmanager
-def stop_on_sigterm() -> Iterator[Callable[[], bool]]:
-    """Catch SIGTERM inside; the yielded function tells, on all ranks alike, whether any of them got one."""
-    received = torch.zeros(1, dtype=torch.int32)
+def stop_on_sigterm() -> Iterator[Callable[[], Tensor]]:
+    """Catch SIGTERM inside; the yielded function tells, on all ranks alike, whether any of them got one: 1.0 or 0.0."""
+    received = False
 
     def note(signum: int, frame: object) -> None:
-        received.fill_(1)
+        nonlocal received
+        received = True
 
-    def requested() -> bool:
-        anywhere = received.to(platform.device(), copy=True)
+    def requested() -> Tensor:
+        anywhere = torch.full((1,), float(received), device=platform.device())
         dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
-        return bool(anywhere.item())
+        return anywhere
 
     previous = signal.signal(signal.SIGTERM, note)
     try:

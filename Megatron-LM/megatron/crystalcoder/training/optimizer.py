@@ -20,7 +20,9 @@ from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_opti
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
+from torch import Tensor
 
+from megatron.crystalcoder import platform
 from megatron.crystalcoder.model.config import ParallelConfig
 from megatron.crystalcoder.training.config import OptimizerSettings
 
@@ -38,11 +40,11 @@ def is_lr_scaled(name: str, parameter: torch.nn.Parameter, *, biases: bool) -> b
 
 
 def build_optimizer(
-    model: torch.nn.Module, settings: OptimizerSettings, parallel: ParallelConfig, *, bf16: bool
+    model: torch.nn.Module, settings: OptimizerSettings, parallel: ParallelConfig, *, bf16: bool, fused: bool = True
 ) -> MegatronOptimizer:
-    """megatron-core's optimizer over `model` (a DistributedDataParallel), lr still to be set by `set_learning_rate`.
+    """megatron-core's optimizer over `model` (a DistributedDataParallel), lr still to be set by `update`.
 
-    Clipping is left to the caller (`train_step` looks at the norm in between), so clip_grad is 0 here.
+    Clipping is `update`'s, which looks at the norm before, so clip_grad is 0 here. fused: the fusion `adamw`.
     """
     config = OptimizerConfig(
         optimizer="adam",
@@ -57,7 +59,11 @@ def build_optimizer(
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
     )
-    return get_megatron_optimizer(config, [model], config_overrides=_group_overrides(settings))
+    optimizer = get_megatron_optimizer(config, [model], config_overrides=_group_overrides(settings))
+    for adam in _adams(optimizer):
+        if isinstance(adam, platform.GroupStepAdamW):
+            adam.fused = fused
+    return optimizer
 
 
 def _group_overrides(settings: OptimizerSettings) -> dict[ParamKey, ParamGroupOverride]:
@@ -76,6 +82,45 @@ def _group_overrides(settings: OptimizerSettings) -> dict[ParamKey, ParamGroupOv
 
 def _parameters(name: str, predicate: Any) -> ParamKey:
     return ParamKey(with_name_predicate=ParamWithNamePredicate(name=name, fn=predicate))
+
+
+def decides_on_device(optimizer: MegatronOptimizer) -> bool:
+    """Whether `update` clips and leaves out steps without telling the host: what the fusion `adamw` is."""
+    return all(isinstance(adam, platform.GroupStepAdamW) and adam.fused for adam in _adams(optimizer))
+
+
+def update(optimizer: MegatronOptimizer, settings: OptimizerSettings, *, lr: float, loss: Tensor, norm: Tensor) -> None:
+    """Update the parameters by the gradients, clipped, unless the loss or the gradients' norm (both fp64 ()) is not
+    finite: then `take_back` must follow when the host gets to know.
+    """
+    set_learning_rate(optimizer, lr)
+    place_eps(optimizer, settings)
+    finite = torch.isfinite(loss) & torch.isfinite(norm)
+    excess = ((norm + 1e-6) / settings.clip_grad).clamp(min=1.0) if settings.clip_grad > 0 else None
+    if decides_on_device(optimizer):
+        for adam in _adams(optimizer):
+            adam.grad_scale = None if excess is None else excess.float()
+            adam.found_inf = (~finite).float()
+        optimizer.step_with_ready_grads()
+    elif bool(finite):
+        if excess is not None and bool(excess > 1.0):
+            inner: Any = optimizer
+            gradients = [parameter.grad for parameter in inner.get_parameters() if parameter.grad is not None]
+            torch._foreach_mul_(gradients, float(1.0 / excess))
+        optimizer.step_with_ready_grads()
+
+
+def take_back(optimizer: MegatronOptimizer) -> None:
+    """Forget a step that was not finite, of which `update` has changed nothing but the count."""
+    if decides_on_device(optimizer):
+        for adam in _adams(optimizer):
+            adam.take_back_step()
+
+
+def _adams(optimizer: MegatronOptimizer) -> list[Any]:
+    """The torch optimizers inside; none on a rank whose parameters are all frozen."""
+    inner: Any = optimizer
+    return [single.optimizer for single in inner.chained_optimizers if single.optimizer is not None]
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
@@ -107,16 +152,22 @@ def parameter_settings(model: torch.nn.Module, optimizer: MegatronOptimizer) -> 
 
     Without the distributed optimizer every local parameter is listed; with it, those of which this rank holds a shard.
     """
+    names = parameter_names(model, optimizer)
+    return {
+        names[id(parameter)]: (group["lr_mult"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+def parameter_names(model: torch.nn.Module, optimizer: MegatronOptimizer) -> dict[int, str]:
+    """id of each parameter that the optimizer updates, itself or as a main parameter or shard, -> its name."""
     names = {id(parameter): name.removeprefix("module.") for name, parameter in model.named_parameters()}
     inner: Any = optimizer
-    found: dict[str, tuple[float, float]] = {}
     for single in inner.chained_optimizers:
         owners = _model_parameter_by_main_parameter(single)
-        for group in single.param_groups:
-            for parameter in group["params"]:
-                owner = owners.get(id(parameter), parameter)
-                found[names[id(owner)]] = (group["lr_mult"], group["weight_decay"])
-    return found
+        names |= {main: names[id(owner)] for main, owner in owners.items()}
+    return names
 
 
 def _model_parameter_by_main_parameter(optimizer: Any) -> dict[int, torch.nn.Parameter]:

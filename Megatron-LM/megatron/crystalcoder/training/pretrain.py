@@ -135,7 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _train(config: TrainConfig, params: Params) -> None:
     from megatron.crystalcoder.checkpoint.random_init import RandomWeights
-    from megatron.crystalcoder.training.loop import EXIT_INTERRUPTED, NonFiniteError, train
+    from megatron.crystalcoder.training.loop import EXIT_INTERRUPTED, train
+    from megatron.crystalcoder.training.step_reader import NonFiniteError
 
     if int(os.environ.get("RANK", "0")) == 0:
         print(describe(config, params), flush=True)

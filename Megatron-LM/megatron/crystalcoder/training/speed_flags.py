@@ -47,6 +47,13 @@ def add_speed_arguments(group: Any) -> None:
         "--loss-chunk", type=int, default=0, metavar="TOKENS", help="tokens whose fp32 logits exist at a time; 0: auto"
     )
     group.add_argument(
+        "--read-losses",
+        choices=("auto", "now", "late"),
+        default="auto",
+        help="each step's loss and norm when it ends (now), or while the next one runs (late), so that a GPU never "
+        "waits for the host; auto (default): late on a GPU, but not with --skip-nonfinite",
+    )
+    group.add_argument(
         "--profile", metavar="STEPS", help="write a torch profiler trace of these steps: 10:12, both included, or one"
     )
     group.add_argument("--profile-dir", type=Path, metavar="DIR", help="where; default: profile beside the checkpoints")
@@ -70,6 +77,7 @@ def with_speed_flags(config: TrainConfig, options: argparse.Namespace) -> TrainC
         config,
         model=_padded(config, options.ffn_multiple_of),
         speed=Speed(parse_fusions(options.fusions), options.compile, options.loss_chunk, options.fp8),
+        read_losses=options.read_losses,
         profile=_profile(options.profile, profile_dir, options.profile_ranks or "0") if options.profile else None,
         peak_tflops=options.peak_tflops,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
@@ -24,9 +23,12 @@ from torch.profiler import record_function
 
 from megatron.crystalcoder import platform
 from megatron.crystalcoder.training.config import TrainConfig
-from megatron.crystalcoder.training.optimizer import place_eps, set_learning_rate
+from megatron.crystalcoder.training.gradients import gradient_norms, non_finite_parameter, total_norm
+from megatron.crystalcoder.training.late import Copied
+from megatron.crystalcoder.training.optimizer import take_back, update
 
 Batch = dict[str, Tensor]
+Divisors = Sequence[float | Tensor]  # tensors: fp32 () on the device
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,40 @@ class StepResult:
     data_wait_s: float = 0.0
 
 
+@dataclass(frozen=True)
+class StartedStep:
+    """A step of which everything has been launched, update included. A GPU may still be at it."""
+
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    losses: Tensor  # each micro-batch's, fp64 (m,)
+    norms: Tensor  # each gradient's, fp64 (n,)
+    told: Copied  # loss, gradient norm
+    data_wait_s: float
+
+    def result(self) -> StepResult:
+        """Wait for the numbers. To be called once, by all ranks alike."""
+        loss, grad_norm = self.told.read()
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return StepResult(loss, grad_norm, updated=True, data_wait_s=self.data_wait_s)
+        take_back(self.optimizer)
+        return StepResult(loss, grad_norm, False, self._find_non_finite(), self.data_wait_s)
+
+    def _find_non_finite(self) -> tuple[NonFinite, ...]:
+        """Ask every rank which of its micro-batches, or else which parameter's gradient, is not finite."""
+        mine = NonFinite(
+            rank=dist.get_rank(),
+            data_parallel_rank=parallel_state.get_data_parallel_rank(),
+            micro_batches=tuple(int(i) for i in (~torch.isfinite(self.losses)).nonzero().flatten()),
+            parameter=non_finite_parameter(self.model, self.optimizer, self.norms),
+        )
+        found: list[NonFinite] = [mine] * dist.get_world_size()
+        dist.all_gather_object(found, mine)
+        # A bad loss spoils everyone's gradients: where there is one, it is to blame. All ranks of its copy saw it.
+        to_blame = [each for each in found if each.micro_batches] or [each for each in found if each.parameter]
+        return tuple({each.data_parallel_rank: each for each in reversed(to_blame)}.values())
+
+
 def train_step(
     model: DistributedDataParallel,
     optimizer: MegatronOptimizer,
@@ -62,6 +98,18 @@ def train_step(
     lr: float,
 ) -> StepResult:
     """Take one global batch from `micro_batches` and update the model with learning rate `lr` (of unscaled groups)."""
+    return start_step(model, optimizer, micro_batches, config, lr=lr).result()
+
+
+def start_step(
+    model: DistributedDataParallel,
+    optimizer: MegatronOptimizer,
+    micro_batches: Iterator[Batch],
+    config: TrainConfig,
+    *,
+    lr: float,
+) -> StartedStep:
+    """`train_step` without waiting for its numbers: on a GPU the host goes on, unless AdamW is not fused."""
     asked = time.perf_counter()
     with record_function("data"):
         batches = [next(micro_batches) for _ in range(num_micro_batches(config))]
@@ -76,17 +124,13 @@ def train_step(
 
     with record_function("gradient norm"):
         optimizer.prepare_grads()
-        grad_norm = gradient_norm(optimizer)
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        return StepResult(loss, grad_norm, False, _find_non_finite(model, losses), data_wait_s)
+        norms = gradient_norms(optimizer)
+        grad_norm = total_norm(norms, optimizer)
+    told = Copied(torch.stack([loss, grad_norm]))
 
     with record_function("optimizer"):
-        set_learning_rate(optimizer, lr)
-        place_eps(optimizer, config.optimizer)
-        if config.optimizer.clip_grad > 0 and (parameters := optimizer.get_parameters()):
-            clip_grad_by_total_norm_fp32(parameters, config.optimizer.clip_grad, grad_norm)
-        optimizer.step_with_ready_grads()
-    return StepResult(loss, grad_norm, updated=True, data_wait_s=data_wait_s)
+        update(optimizer, config.optimizer, lr=lr, loss=loss, norm=grad_norm)
+    return StartedStep(model, optimizer, losses, norms, told, data_wait_s)
 
 
 def num_micro_batches(config: TrainConfig) -> int:
@@ -94,7 +138,7 @@ def num_micro_batches(config: TrainConfig) -> int:
     return config.global_batch_size // (config.micro_batch_size * parallel_state.get_data_parallel_world_size())
 
 
-def loss_divisors(batches: list[Batch], config: TrainConfig) -> list[float]:
+def loss_divisors(batches: list[Batch], config: TrainConfig) -> Divisors:
     """What each micro-batch's sum of masked token losses is divided by, such that the MEAN over micro-batches and
     data-parallel ranks (which megatron-core takes of losses and gradients) is the configured reduction.
 
@@ -107,16 +151,16 @@ def loss_divisors(batches: list[Batch], config: TrainConfig) -> list[float]:
         return [max(count, 1.0) for count in tokens.tolist()]
     if config.loss_reduction == "sequence":
         return [config.micro_batch_size / config.loss_weight] * len(batches)
-    total = tokens.sum().to(platform.device())
+    total = platform.to_device(tokens.sum())
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
-    mean_tokens = float(total) / (len(batches) * parallel_state.get_data_parallel_world_size())
-    return [mean_tokens if mean_tokens > 0 else 1.0] * len(batches)
+    mean_tokens = total / (len(batches) * parallel_state.get_data_parallel_world_size())
+    return [torch.where(mean_tokens > 0, mean_tokens, 1.0).float()] * len(batches)
 
 
 def forward_backward(
     model: DistributedDataParallel,
     batches: list[Batch],
-    divisors: list[float],
+    divisors: Divisors,
     config: TrainConfig,
     *,
     forward_only: bool = False,
@@ -143,56 +187,23 @@ def forward_backward(
     return losses
 
 
-def _forward_step(batches: Iterator[tuple[Batch, float]], model: Any) -> tuple[Tensor, Any]:
+def _forward_step(batches: Iterator[tuple[Batch, float | Tensor]], model: Any) -> tuple[Tensor, Any]:
     """What the schedule calls per micro-batch: this stage's output, and how the last stage makes a loss of it."""
     batch, divisor = next(batches)
-    device = platform.device()
     tokens_bs, labels_bs, position_ids_bs, mask_bs = (
-        batch[key].to(device, non_blocking=True) for key in ("tokens", "labels", "position_ids", "loss_mask")
+        platform.to_device(batch[key]) for key in ("tokens", "labels", "position_ids", "loss_mask")
     )
 
     def masked_loss(losses_bs: Tensor) -> tuple[Tensor, Tensor]:
         loss = (losses_bs.float() * mask_bs).sum() / divisor
         return loss, loss.detach().double()
 
-    documents_bs = batch["documents"].to(device, non_blocking=True) if "documents" in batch else None
+    documents_bs = platform.to_device(batch["documents"]) if "documents" in batch else None
     return model(tokens_bs, position_ids_bs, documents_bs, labels=labels_bs), masked_loss
 
 
-def mean_over_data_parallel(losses: Tensor) -> float:
-    """Mean of the micro-batches' losses (n,) over them and over the data-parallel ranks."""
+def mean_over_data_parallel(losses: Tensor) -> Tensor:
+    """Mean of the micro-batches' losses (m,) over them and over the data-parallel ranks; fp64 ()."""
     total = losses.sum()
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
-    return float(total) / (len(losses) * parallel_state.get_data_parallel_world_size())
-
-
-def gradient_norm(optimizer: MegatronOptimizer) -> float:
-    """L2 norm of the whole model's gradient, each parameter counted once whatever the layout.
-
-    Summed in fp64: torch's fp32 norm of millions of elements is off by 1e-5 to 1e-4 on a CPU, and clipping follows it.
-    """
-    total = torch.zeros((), dtype=torch.float64, device=platform.device())
-    for gradient in optimizer.get_main_grads_for_grad_norm():
-        total += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
-    dist.all_reduce(total, group=optimizer.get_grad_stats_parallel_group())
-    return float(total.sqrt())
-
-
-def _find_non_finite(model: DistributedDataParallel, losses: Tensor) -> tuple[NonFinite, ...]:
-    """Ask every rank which of its micro-batches, or else which parameter's gradient, is not finite."""
-    parameters = (
-        name
-        for name, p in model.module.named_parameters()
-        if p.requires_grad and not bool(torch.isfinite(p.main_grad).all())
-    )
-    mine = NonFinite(
-        rank=dist.get_rank(),
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        micro_batches=tuple(int(i) for i in (~torch.isfinite(losses)).nonzero().flatten()),
-        parameter=next(parameters, None),
-    )
-    found: list[NonFinite] = [mine] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    # A bad loss spoils everyone's gradients, so where there is one, it is to blame. All ranks of its model copy saw it.
-    to_blame = [each for each in found if each.micro_batches] or [each for each in found if each.parameter]
-    return tuple({each.data_parallel_rank: each for each in reversed(to_blame)}.values())
+    return total / (len(losses) * parallel_state.get_data_parallel_world_size())
