@@ -20,6 +20,8 @@ NOT_PLAIN_BUT_AND = re.compile(r"[^\t\n\x20-\x7e]")
 # What ftfy changes together with its neighbours: terminal escapes, halves of surrogate pairs.
 NOT_ALONE = re.compile("[\x1b\ud800-\udfff]")
 
+NORMAL_FORMS = ("NFC", "NFKC", "NFD", "NFKD", None)  # of ftfy's last repair; None: as it is
+
 # WikiText's spaces around marks, as language-model pipelines since GPT-NeoX undo them, in this order.
 WIKITEXT_PAIRS = (
     [("s '", "s'")],

@@ -9,9 +9,8 @@ from typing import Annotated
 
 import typer
 
-from data_prep.engine import run_on
+from data_prep.engine import run_on, stay_one_thread
 from data_prep.errors import InputError, exit_on_bad_input
-from data_prep.fim import FimSettings
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -61,10 +60,13 @@ Engine = Annotated[EngineKind, typer.Option(help="Run the tasks here, as a Slurm
 def main(arguments: list[str]) -> None:
     """Run one `crystalcoder data` command; returns when it is done.
 
+    Modules that take their time are loaded by the commands that need them.
+
     Raises:
         InputError: bad input.
         SystemExit: a command line that is not understood (2).
     """
+    stay_one_thread()
     try:
         app(args=arguments, prog_name="crystalcoder data")
     except SystemExit as done:  # typer ends so in any case
@@ -155,6 +157,7 @@ def tokenize(
     engine_option: EngineOptions = None,
 ) -> None:
     """Tokenise and pack documents into sequences, with FIM per document if --fim-rate is given."""
+    from data_prep.fim import FimSettings
     from data_prep.tokenize_corpus import TokenizeOptions, tokenize_corpus
 
     options = TokenizeOptions(
@@ -191,6 +194,7 @@ def fim(
     engine_option: EngineOptions = None,
 ) -> None:
     """Fill in the middle on packed sequences: writes OUT/epoch_<e>/<input file name>."""
+    from data_prep.fim import FimSettings
     from data_prep.fim_files import FimSource, fim_files
 
     with run_on(engine.value, engine_option or ()):

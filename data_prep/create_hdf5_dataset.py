@@ -9,22 +9,24 @@ with --reference-compat it does what the reference does, to the byte (see refere
 Some options of the reference have nothing to choose here: sequences are always written in batches (write_in_batch), a
 run that was stopped always goes on (resume_from_checkpoint), a text is always tokenised whole and exactly
 (split_text_to_tokenize, chunk_len_to_split and remove_bos_in_chunks, unless --reference-compat). They, module and
-sep_token, which the reference reads and never uses, are accepted so that the published commands and files work.
+sep_token, which the reference reads and never uses, are accepted so that the published commands and files work; where
+one of them asks for something that is not done, a line says so (`notes`).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
-from data_prep.cleaning import Cleaning
+from data_prep.cleaning import NORMAL_FORMS, Cleaning
+from data_prep.engine import stay_one_thread
 from data_prep.errors import InputError, exit_on_bad_input
-from data_prep.reference_compat import SUFFIXES, ReferenceOptions, discover, tokenize_like_reference
-from data_prep.tokenize_corpus import TokenizeOptions, tokenize_corpus
+from data_prep.sources import DATA_SUFFIXES, REFERENCE_SUFFIXES
 
 
 def _boolean(text: str) -> bool:
@@ -35,47 +37,70 @@ def _boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is not True or False")
 
 
-# name -> (section of the configuration file, type, default). None: has none, and is left out where not given.
-OPTIONS: dict[str, tuple[str, Any, Any]] = {
-    "input_dir": ("setup", str, None),
-    "metadata_files": ("setup", str, None),
-    "output_dir": ("setup", str, None),
-    "processes": ("setup", int, 1),
-    "dataset_processor": ("setup", str, "LMDataPreprocessor"),
-    "module": ("setup", str, None),
-    "tokenizer_type": ("processing", str, "NeoXTokenizer"),
-    "encoder_file": ("processing", str, None),
-    "eos_id": ("processing", int, None),
-    "pad_id": ("processing", int, None),
-    "max_seq_length": ("processing", int, 2048),
-    "short_seq_prob": ("processing", float, 0.0),
-    "output_name": ("processing", str, "examples"),
-    "files_per_record": ("processing", int, 50_000),
-    "write_in_batch": ("processing", _boolean, False),
-    "write_remainder": ("processing", _boolean, True),
-    "resume_from_checkpoint": ("processing", _boolean, False),
-    "display_pbar": ("processing", _boolean, True),
-    "seed": ("processing", int, 0),
-    "split_text_to_tokenize": ("processing", _boolean, False),
-    "chunk_len_to_split": ("processing", int, 2000),
-    "remove_bos_in_chunks": ("processing", _boolean, False),
-    "use_ftfy": ("dataset", _boolean, False),
-    "ftfy_normalizer": ("dataset", str, "NFC"),
-    "wikitext_detokenize": ("dataset", _boolean, False),
-    "min_sequence_len": ("dataset", int, 6),
-    "pack_sequences": ("dataset", _boolean, True),
-    "jsonl_key": ("dataset", str, None),
-    "inverted_mask": ("dataset", _boolean, False),
-    "sep_token": ("dataset", str, None),
+class Option(NamedTuple):
+    """An option: its section in the configuration file, its type, and what it is where nobody gives it."""
+
+    section: str
+    kind: Any
+    default: Any = None
+    mentioned: bool = False  # the reference's data_params.json has it even where nobody gives it
+    published: bool = False  # the published configurations give it
+
+
+OPTIONS = {
+    "input_dir": Option("setup", str),
+    "metadata_files": Option("setup", str),
+    "output_dir": Option("setup", str),
+    "processes": Option("setup", int, 1, published=True),
+    "dataset_processor": Option("setup", str, "LMDataPreprocessor", mentioned=True),
+    "module": Option("setup", str),
+    "tokenizer_type": Option("processing", str, "NeoXTokenizer", published=True),
+    "encoder_file": Option("processing", str),
+    "eos_id": Option("processing", int, mentioned=True),
+    "pad_id": Option("processing", int, mentioned=True),
+    "max_seq_length": Option("processing", int, 2048, published=True),
+    "short_seq_prob": Option("processing", float, 0.0, mentioned=True),
+    "output_name": Option("processing", str, "examples", mentioned=True),
+    "files_per_record": Option("processing", int, 50_000, published=True),
+    "write_in_batch": Option("processing", _boolean, True, mentioned=True),
+    "write_remainder": Option("processing", _boolean, True, mentioned=True),
+    "resume_from_checkpoint": Option("processing", _boolean, False, mentioned=True),
+    "display_pbar": Option("processing", _boolean, True, mentioned=True),
+    "seed": Option("processing", int, 0, published=True),
+    "split_text_to_tokenize": Option("processing", _boolean, False, mentioned=True),
+    "chunk_len_to_split": Option("processing", int, 2000, mentioned=True),
+    "remove_bos_in_chunks": Option("processing", _boolean, False, mentioned=True),
+    "use_ftfy": Option("dataset", _boolean, False, mentioned=True),
+    "ftfy_normalizer": Option("dataset", str, "NFC", mentioned=True),
+    "wikitext_detokenize": Option("dataset", _boolean, False, mentioned=True),
+    "min_sequence_len": Option("dataset", int, 6, mentioned=True),
+    "pack_sequences": Option("dataset", _boolean, True, mentioned=True),
+    "jsonl_key": Option("dataset", str),
+    "inverted_mask": Option("dataset", _boolean, False),
+    "sep_token": Option("dataset", str, published=True),
 }
+# Where the reference's own defaults are others.
+REFERENCE_DEFAULTS = {"use_ftfy": True}
 # The reference takes these from the command line or its default, never from the file.
 REFERENCE_IGNORES_FILE = ("min_sequence_len", "short_seq_prob", "output_name")
-# Not in the reference's data_params.json unless given.
-UNMENTIONED = ("module", "jsonl_key", "inverted_mask", "input_dir", "metadata_files")
 
 
-def parse(arguments: list[str] | None) -> tuple[dict[str, Any], argparse.Namespace]:
-    """The effective options (flag, else file, else default; None where there is none), and our own flags.
+class Settings(NamedTuple):
+    """What the command line and the file say.
+
+    Attributes:
+        values: every option: flag, else file, else default; None where there is none.
+        given: those that someone gave, by flag or in the file (there also null).
+        flags: the command line, with our own flags.
+    """
+
+    values: dict[str, Any]
+    given: dict[str, Any]
+    flags: argparse.Namespace
+
+
+def parse(arguments: list[str] | None) -> Settings:
+    """The command line and the configuration file that it names.
 
     Raises:
         InputError: a configuration file that is not there, or holds a key or a value that is not known.
@@ -83,23 +108,25 @@ def parse(arguments: list[str] | None) -> tuple[dict[str, Any], argparse.Namespa
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=["LMData"])
     parser.add_argument("--params", help="configuration file, YAML")
-    for name, (_, kind, _) in OPTIONS.items():
+    for name, option in OPTIONS.items():
         spellings = [f"--{name}"] + (["--ignore_bos_in_split_text"] if name == "remove_bos_in_chunks" else [])
-        parser.add_argument(*spellings, dest=name, type=kind)
+        parser.add_argument(*spellings, dest=name, type=option.kind)
     parser.add_argument("--reference-compat", action="store_true", help="the reference's arrays, quirks included")
     parser.add_argument("--on-error", choices=["stop", "skip"], default="stop")
     parser.add_argument("--overwrite", action="store_true")
     flags = parser.parse_args(arguments)
-    values = {name: default for name, (_, _, default) in OPTIONS.items()}
-    values |= {
-        name: value
-        for name, value in _read_config(flags.params).items()
-        if not (flags.reference_compat and name in REFERENCE_IGNORES_FILE)
-    }
-    values |= {name: getattr(flags, name) for name in OPTIONS if getattr(flags, name) is not None}
+    given = _read_config(flags.params)
+    values = {name: option.default for name, option in OPTIONS.items()}
+    if flags.reference_compat:
+        values |= REFERENCE_DEFAULTS | ({"display_pbar": False} if flags.params else {})
+        given = {name: value for name, value in given.items() if name not in REFERENCE_IGNORES_FILE}
+    given |= {name: getattr(flags, name) for name in OPTIONS if getattr(flags, name) is not None}
+    values |= {name: value for name, value in given.items() if value is not None}
+    if "ftfy_normalizer" in given and given["ftfy_normalizer"] in (None, "None"):
+        values["ftfy_normalizer"] = None  # no normal form: the one option where null is a value
     if values["pad_id"] is None:
         values["pad_id"] = values["eos_id"]
-    return values, flags
+    return Settings(values, given, flags)
 
 
 def _read_config(path: str | None) -> dict[str, Any]:
@@ -113,15 +140,14 @@ def _read_config(path: str | None) -> dict[str, Any]:
         raise InputError(f"{path}: is not YAML ({error})") from None
     values = {}
     for section, entries in (content or {}).items():
-        known = {name for name, (where, _, _) in OPTIONS.items() if where == section}
+        known = {name for name, option in OPTIONS.items() if option.section == section}
         if not known:
             raise InputError(f"{path}: section {section!r} is not known: setup, processing and dataset are")
         for name, value in (entries or {}).items():
             name = "remove_bos_in_chunks" if name == "ignore_bos_in_split_text" else name
             if name not in known:
                 raise InputError(f"{path}: {section}.{name} is not known: {', '.join(sorted(known))} are")
-            if value is not None:
-                values[name] = _checked(path, f"{section}.{name}", OPTIONS[name][1], value)
+            values[name] = value if value is None else _checked(path, f"{section}.{name}", OPTIONS[name].kind, value)
     return values
 
 
@@ -136,72 +162,102 @@ def _checked(path: str, name: str, kind: Any, value: Any) -> Any:
 
 def main(arguments: list[str] | None = None) -> None:
     """Tokenise and pack as the flags and the configuration file say."""
-    values, flags = parse(arguments)
+    stay_one_thread()
+    settings = parse(arguments)
+    values, compat = settings.values, settings.flags.reference_compat
     for name in ("output_dir", "encoder_file"):
         if not values[name]:
-            raise InputError(f"--{name} is missing (or {OPTIONS[name][0]}.{name} in --params)")
+            raise InputError(f"--{name} is missing (or {OPTIONS[name].section}.{name} in --params)")
     for name in ("tokenizer_type", "dataset_processor"):
-        if values[name] != OPTIONS[name][2]:
-            raise InputError(f"--{name} {values[name]}: only {OPTIONS[name][2]} is known")
-    files = _input_files(values)
+        if values[name] != OPTIONS[name].default:
+            raise InputError(f"--{name} {values[name]}: only {OPTIONS[name].default} is known")
+    for name in ("chunk_len_to_split", "max_seq_length", "files_per_record"):
+        if values[name] < 1:
+            raise InputError(f"--{name} {values[name]}: at least 1 is needed")
+    if values["ftfy_normalizer"] not in NORMAL_FORMS:
+        raise InputError(
+            f"--ftfy_normalizer {values['ftfy_normalizer']}: use one of {', '.join(map(str, NORMAL_FORMS))}"
+        )
+    values["processes"] = values["processes"] or os.cpu_count()  # 0: all
+    inputs = _inputs(values, reference_compat=compat)
     cleaning = Cleaning(values["use_ftfy"], values["ftfy_normalizer"], values["wikitext_detokenize"])
-    out = Path(values["output_dir"])
-    if flags.reference_compat:
-        _reference(values, flags, files, cleaning, out)
-    else:
-        _default(values, flags, files, cleaning, out)
+    (_reference if compat else _default)(settings, inputs, cleaning)
+    for note in notes(values, reference_compat=compat):
+        print(f"note: {note}")
 
 
-def _input_files(values: dict[str, Any]) -> list[str]:
-    if values["metadata_files"]:
-        files = []
-        for listing in values["metadata_files"].split(","):
-            try:
-                files += [line.strip() for line in Path(listing).read_text().splitlines() if line.strip()]
-            except OSError as error:
-                raise InputError(f"{listing}: cannot be read ({error.strerror})") from None
-        unknown = [path for path in files if not path.endswith((*SUFFIXES, ".jsonl.gz", ".json", ".parquet"))]
-        if unknown:
-            raise InputError(f"{unknown[0]}: is no {', '.join(SUFFIXES)} file")
-        if not files:
-            raise InputError(f"{values['metadata_files']}: lists no files")
-        return files
-    if not values["input_dir"]:
-        raise InputError("--input_dir or --metadata_files is missing")
-    if not Path(values["input_dir"]).is_dir():
-        raise InputError(f"{values['input_dir']}: no such folder")
-    return []
+def notes(values: dict[str, Any], *, reference_compat: bool) -> list[str]:
+    """A line for each option that asks for something that is not done."""
+    found = {
+        "module": values["module"] and "no module is loaded, LMDataPreprocessor is built in",
+        "sep_token": values["sep_token"] and "nothing uses it, in the reference neither",
+    }
+    if not reference_compat:
+        whole = "texts are tokenised whole and exactly, with one BOS; only --reference-compat splits them"
+        found["split_text_to_tokenize"] = values["split_text_to_tokenize"] and whole
+    return [f"{name} {values[name]}: {why}" for name, why in found.items() if why]
 
 
-def _reference(
-    values: dict[str, Any], flags: argparse.Namespace, files: list[str], cleaning: Cleaning, out: Path
-) -> None:
+def _inputs(values: dict[str, Any], *, reference_compat: bool) -> list[str]:
+    """The listed files in their order, else the input folder."""
+    if not values["metadata_files"]:
+        if not values["input_dir"]:
+            raise InputError("--input_dir or --metadata_files is missing")
+        if not Path(values["input_dir"]).is_dir():
+            raise InputError(f"{values['input_dir']}: no such folder")
+        return [values["input_dir"]]
+    files = []
+    for listing in values["metadata_files"].split(","):
+        try:
+            files += [line.strip() for line in Path(listing).read_text().splitlines() if line.strip()]
+        except OSError as error:
+            raise InputError(f"{listing}: cannot be read ({error.strerror})") from None
+    known = REFERENCE_SUFFIXES if reference_compat else DATA_SUFFIXES
+    if unknown := [path for path in files if not path.endswith(known)]:
+        raise InputError(f"{unknown[0]}: is no {', '.join(known)} file: take it off the list")
+    if not files:
+        raise InputError(f"{values['metadata_files']}: lists no files")
+    return files
+
+
+def _reference(settings: Settings, inputs: list[str], cleaning: Cleaning) -> None:
+    from data_prep.reference_compat import ReferenceOptions, discover, tokenize_like_reference
+
+    values = settings.values
     if values["eos_id"] is None:
         raise InputError("--eos_id is missing (or processing.eos_id in --params)")
-    files = files or discover(Path(values["input_dir"]))
+    if values["short_seq_prob"] and values["max_seq_length"] < 3:
+        raise InputError(f"--max_seq_length {values['max_seq_length']}: at least 3 is needed with --short_seq_prob")
+    files = inputs if values["metadata_files"] else discover(Path(inputs[0]))
     if not files:
-        raise InputError(f"{values['input_dir']}: holds no {', '.join(SUFFIXES)} file")
+        raise InputError(f"{inputs[0]}: holds no {', '.join(REFERENCE_SUFFIXES)} file")
     fields = {field.name for field in dataclasses.fields(ReferenceOptions)} & set(values)
-    options = ReferenceOptions(cleaning=cleaning, on_error=flags.on_error, **{name: values[name] for name in fields})
-    given = {name: value for name, value in values.items() if value not in (None, False) or name not in UNMENTIONED}
+    options = ReferenceOptions(
+        cleaning=cleaning, on_error=settings.flags.on_error, **{name: values[name] for name in fields}
+    )
+    mentioned = {name: values[name] for name, option in OPTIONS.items() if option.mentioned} | {"pad_id": None}
+    if settings.flags.params is None:  # the keys of the published configurations, which stand for the missing file
+        mentioned |= {name: values[name] for name, option in OPTIONS.items() if option.published}
+    mentioned |= settings.given
     sections = {
-        section: {name: value for name, value in given.items() if OPTIONS[name][0] == section}
+        section: {name: value for name, value in mentioned.items() if OPTIONS[name].section == section}
         for section in ("setup", "processing", "dataset")
     }
     tokenize_like_reference(
         files,
-        out,
+        Path(values["output_dir"]),
         options,
         processes=values["processes"],
         sections=sections,
-        overwrite=flags.overwrite,
+        overwrite=settings.flags.overwrite,
         progress=values["display_pbar"],
     )
 
 
-def _default(
-    values: dict[str, Any], flags: argparse.Namespace, files: list[str], cleaning: Cleaning, out: Path
-) -> None:
+def _default(settings: Settings, inputs: list[str], cleaning: Cleaning) -> None:
+    from data_prep.tokenize_corpus import TokenizeOptions, tokenize_corpus
+
+    values, flags = settings.values, settings.flags
     for name, harmless in (("short_seq_prob", 0), ("inverted_mask", False), ("pack_sequences", True)):
         if values[name] != harmless:
             raise InputError(f"--{name} {values[name]}: loses text or inverts the mask: only with --reference-compat")
@@ -219,10 +275,9 @@ def _default(
         min_sequence_len=values["min_sequence_len"],
         cleaning=cleaning,
     )
-    inputs = files or [values["input_dir"]]
     tokenize_corpus(
         inputs,
-        out,
+        Path(values["output_dir"]),
         options,
         processes=values["processes"],
         overwrite=flags.overwrite,

@@ -206,9 +206,11 @@ def _bar(title: str, total: int, *, shown: bool) -> Iterator[Callable[[int], Non
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    # Refreshed here and not by a thread of its own: see `_context`.
+    with Progress(console=Console(stderr=True), transient=True, auto_refresh=False) as progress:
         bar = progress.add_task(title, total=total)
-        yield lambda number: progress.advance(bar, number)
+        progress.refresh()
+        yield lambda number: progress.update(bar, advance=number, refresh=True)
 
 
 def _leave(out: Path) -> None:
@@ -234,9 +236,7 @@ def _results(work: Work, tasks: list[Task], processes: int) -> Iterator[tuple[Ta
         for task in tasks:
             yield task, work(task.argument)
         return
-    # Spawned, not forked: the parent may hold threads (tokenizers, HDF5) whose locks a fork would copy.
-    context = multiprocessing.get_context("spawn")
-    with _one_thread_each(), _pool(min(processes, len(tasks)), context) as pool:
+    with _one_thread_each(), _pool(min(processes, len(tasks)), _context()) as pool:
         waiting = list(reversed(tasks))
         running: dict[Future[Record], Task] = {}
         try:
@@ -253,6 +253,22 @@ def _results(work: Work, tasks: list[Task], processes: int) -> Iterator[tuple[Ta
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def stay_one_thread() -> None:
+    """Called before numpy is loaded: it starts no threads for matrices, of which there are none here (`_context`)."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+def _context() -> Any:
+    """How workers are made: forked where this process is a single thread, else spawned.
+
+    A forked worker has the modules and the tokenizer that are loaded here, which saves it half a second; of other
+    threads it would have the locks as they are held at that moment, and wait for them for ever.
+    """
+    threads = Path("/proc/self/task")
+    alone = threads.is_dir() and len(list(threads.iterdir())) == 1
+    return multiprocessing.get_context("fork" if alone else "spawn")
 
 
 def _pool(processes: int, context: Any) -> ProcessPoolExecutor:

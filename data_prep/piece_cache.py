@@ -84,9 +84,6 @@ class PieceCache:
     """Encode texts word by word with `encode_word`; the same ids as `encode_word` of the whole text."""
 
     def __init__(self, seams: Seams, encode_word: Callable[[str], list[int]]) -> None:
-        import pyarrow
-
-        self._arrow: Any = pyarrow
         self._seams = seams
         self._known = _Known(encode_word)
 
@@ -131,7 +128,9 @@ class PieceCache:
 
         Each different word is looked up once, then all are laid out.
         """
-        arrow = self._arrow
+        import pyarrow  # not earlier: it starts a thread, and a process with threads is not forked (engine.py)
+
+        arrow: Any = pyarrow
         data = text.encode()
         if len(data) != len(text):  # from characters to bytes
             is_first = np.frombuffer(data, np.uint8) & 0xC0 != 0x80

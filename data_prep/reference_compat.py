@@ -24,10 +24,11 @@ from data_prep.engine import Task, run_step
 from data_prep.errors import InputError
 from data_prep.manifest import Record, input_identity, record
 from data_prep.sequences import SequenceFile, SequenceWriter, sequence_files
-from data_prep.sources import Fault, FaultPolicy, read_documents
+from data_prep.sources import REFERENCE_SUFFIXES, Document, Fault, FaultPolicy, read_documents
+from data_prep.streams import open_bytes
 from data_prep.tokenizer import BYTE_PIECE
 
-SUFFIXES = (".jsonl", ".json.gz", ".jsonl.zst", ".jsonl.zst.tar", ".txt")
+BATCH = 256  # rows that are written at a time
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class RankTask(NamedTuple):
 
 def discover(input_dir: Path) -> list[str]:
     """The input files, one suffix after the other. The reference leaves the rest to the disk; here it is by name."""
-    return [str(p) for suffix in SUFFIXES for p in sorted(input_dir.rglob("*" + suffix)) if p.is_file()]
+    return [str(p) for suffix in REFERENCE_SUFFIXES for p in sorted(input_dir.rglob("*" + suffix)) if p.is_file()]
 
 
 def tokenize_like_reference(
@@ -83,6 +84,10 @@ def tokenize_like_reference(
     Raises:
         InputError: bad input, with file and place.
     """
+    vocab_size = _backend(options.encoder_file).get_vocab_size()
+    for name, number in (("eos_id", options.eos_id), ("pad_id", options.pad_id)):
+        if not 0 <= number < vocab_size:
+            raise InputError(f"--{name} {number}: {options.encoder_file} has the ids 0 to {vocab_size - 1}")
     for path in files:
         if not Path(path).is_file():
             raise InputError(f"{path}: no such file (is it in --metadata_files?)")
@@ -101,7 +106,6 @@ def tokenize_like_reference(
         progress=progress,
     )
     counts = manifest["counts"]
-    backend = _backend(options.encoder_file)
     parameters = sections | {
         "post-process": {
             "discarded_files": counts.get("discarded", 0),
@@ -112,7 +116,7 @@ def tokenize_like_reference(
             "raw_bytes_count": counts.get("raw_bytes", 0),
             "raw_chars_count": counts.get("raw_chars", 0),
             "successful_files": counts.get("documents", 0) - counts.get("discarded", 0),
-            "vocab_size": backend.get_vocab_size(),
+            "vocab_size": vocab_size,
         },
         "h5_dataset_stats": _statistics(out, options),
     }
@@ -126,24 +130,49 @@ def tokenize_rank(task: RankTask) -> Record:
     faults = FaultPolicy(options.on_error)
     counts: Counter[str] = Counter()
     outputs: dict[str, dict[str, Any]] = {}
+    writer: SequenceWriter | None = None
     pending: list[np.ndarray] = []
 
-    def write(rows: list[np.ndarray]) -> None:
-        name = f"{options.output_name}_{len(outputs)}_{rank}.h5"
-        with SequenceWriter(Path(task.out, name), options.max_seq_length) as writer:
-            writer.write(np.stack(rows))
-        outputs[name] = writer.summary
+    def finish(writer: SequenceWriter) -> None:
+        writer.close()
+        outputs[writer.path.name] = writer.summary
+        counts["sequences"] += writer.num_rows
         Path(task.out, f"checkpoint_{rank}.txt").write_text(f"{counts['documents']}, {len(outputs)}")
 
-    for row in _rows(task, faults, counts):
-        pending.append(row)
-        counts["sequences"] += 1
-        if len(pending) == options.files_per_record:
-            write(pending)
-            pending = []
-    if pending and options.write_remainder:
-        write(pending)
+    try:
+        for row in _rows(task, faults, counts):
+            if writer is None:
+                path = Path(task.out, f"{options.output_name}_{len(outputs)}_{rank}.h5")
+                writer = SequenceWriter(path, options.max_seq_length)
+            pending.append(row)
+            is_full = writer.num_rows + len(pending) == options.files_per_record
+            if is_full or len(pending) == BATCH:
+                writer.write(np.stack(pending))
+                pending = []
+            if is_full:
+                finish(writer)
+                writer = None
+        if writer and options.write_remainder:
+            if pending:
+                writer.write(np.stack(pending))
+            finish(writer)
+            writer = None
+    finally:
+        if writer:
+            writer.discard()
     return record(inputs=task.files, outputs=outputs, counts=dict(counts), faults=faults.faults)
+
+
+def _documents(path: str, faults: FaultPolicy, key: str | None) -> Iterator[Document]:
+    """`read_documents`, but in a text file line ends become LF and a byte-order mark stays."""
+    if not path.endswith(".txt"):
+        yield from read_documents(path, faults, key)
+        return
+    with open_bytes(path) as stream:
+        try:
+            yield Document(0, stream.read().decode().replace("\r\n", "\n").replace("\r", "\n"))
+        except UnicodeDecodeError as error:
+            faults(Fault(path, f"byte {error.start}", "is not UTF-8"))
 
 
 def _rows(task: RankTask, faults: FaultPolicy, counts: Counter[str]) -> Iterator[np.ndarray]:
@@ -151,7 +180,7 @@ def _rows(task: RankTask, faults: FaultPolicy, counts: Counter[str]) -> Iterator
     generator = random.Random(options.seed + task.rank)
     carried: list[int] = []
     for path in task.files:
-        for document in read_documents(path, faults, options.jsonl_key):
+        for document in _documents(path, faults, options.jsonl_key):
             text = options.cleaning(document.text)
             if not text and options.split_text_to_tokenize and options.remove_bos_in_chunks:
                 faults(Fault(path, str(document.number + 1), "the text is empty, which stops the reference"))
@@ -180,6 +209,8 @@ def _encode(text: str, options: ReferenceOptions) -> list[int]:
     backend = _backend(options.encoder_file)
     if not options.split_text_to_tokenize:
         return [*backend.encode(text).ids, options.eos_id]
+    if not text:
+        return [options.eos_id]
     pieces, start = [], 0
     while (space := text.find(" ", start + options.chunk_len_to_split)) >= 0:
         pieces.append(backend.encode(text[start:space]).ids)
@@ -200,9 +231,13 @@ def _row(chunk: list[int], options: ReferenceOptions) -> np.ndarray:
     return row
 
 
-@lru_cache(maxsize=1)
 def _backend(path: str) -> Any:
     """The tokenizer as it is, control tokens in its matcher."""
+    return _load(str(Path(path).resolve()))
+
+
+@lru_cache(maxsize=1)
+def _load(path: str) -> Any:
     from tokenizers import Tokenizer
 
     try:

@@ -25,6 +25,7 @@ LINES_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 JSON_SUFFIXES = (".json", ".json.gz", ".json.zst")
 ARCHIVE_SUFFIX = ".jsonl.zst.tar"  # as lm_dataformat writes: a tar archive of .jsonl.zst files
 DATA_SUFFIXES = (*LINES_SUFFIXES, *JSON_SUFFIXES, ARCHIVE_SUFFIX, ".parquet", ".txt")
+REFERENCE_SUFFIXES = (".jsonl", ".json.gz", ".jsonl.zst", ".jsonl.zst.tar", ".txt")  # what it reads, in its order
 TEXT_KEY = "text"
 # What a step leaves beside its output is no corpus.
 OWN_FILES = (MANIFEST, REJECTS)

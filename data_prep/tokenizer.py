@@ -11,7 +11,6 @@ One character is beyond the format: U+2581 (`▁` itself) means a space to these
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import orjson
 
 from data_prep.errors import InputError
 from data_prep.piece_cache import META, PieceCache, Seams, inner_pairs
@@ -210,7 +210,7 @@ class _JsonEncoder:
     def __init__(self, definition: dict[str, Any]) -> None:
         from tokenizers import Tokenizer as Backend
 
-        self._backend = Backend.from_str(json.dumps(definition))
+        self._backend = Backend.from_str(orjson.dumps(definition).decode())
         self._model = self._backend.model
 
     def encode(self, text: str) -> list[int]:
@@ -223,7 +223,7 @@ class _JsonEncoder:
 
 
 def _load_json(path: Path) -> Tokenizer:
-    definition = json.loads(path.read_bytes())
+    definition = orjson.loads(path.read_bytes())
     model = definition["model"]
     _require_llama_kind(path, definition)
     if model["type"] == "BPE":
@@ -239,8 +239,8 @@ def _load_json(path: Path) -> Tokenizer:
     # Only the model is left, with what could spell a control token or a byte piece in text taken out of it.
     unspeakable = set(controls) | {piece for piece in vocab if BYTE_PIECE.match(piece)}
     if model["type"] == "BPE":
-        pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-        model["merges"] = [list(pair) for pair in pairs if "".join(pair) not in unspeakable]
+        joined = ((m, m.replace(" ", "") if isinstance(m, str) else "".join(m)) for m in model["merges"])
+        model["merges"] = [merge for merge, piece in joined if piece not in unspeakable]
     else:
         # The best path must never use them: a piece that no normalised text contains.
         model["vocab"] = [[f" {piece}" if piece in controls else piece, score] for piece, score in model["vocab"]]
