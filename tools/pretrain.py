@@ -36,16 +36,20 @@ def _train_here(arguments: list[str]) -> None:
     """Under torchrun every rank runs it, each as one of the job."""
     from megatron.crystalcoder.training import launch, pretrain  # seconds of imports that a CS-2 launch does not need
 
-    options, params = pretrain.parse(arguments)  # what is wrong with the file is said before any rank starts
+    options, phases = pretrain.parse(arguments)
     ranks = options.nproc or options.tp * options.pp
-    if "WORLD_SIZE" in os.environ or ranks == 1:
+    if "WORLD_SIZE" in os.environ:
         pretrain.main(arguments)
         return
     if ranks % (options.tp * options.pp):
         raise InputError(
             f"--nproc {ranks} is not a multiple of --tp {options.tp} x --pp {options.pp}: change one of them"
         )
-    pretrain.train_config(options, params, ranks)
+    pretrain.check_before_start(options, phases, ranks)  # what is wrong is said before any rank starts
+    os.environ[pretrain.CHECKED] = "1"
+    if ranks == 1:
+        pretrain.main(arguments)
+        return
     command = [
         "--standalone",
         "--nproc_per_node",

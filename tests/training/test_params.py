@@ -287,6 +287,7 @@ WRONG = {
     "dropout": ("\n  dropout_rate: 0.0", "\n  dropout_rate: 0.1", r"model.dropout_rate should be 0, but is 0.1"),
     "missing": ("  num_heads: 4\n", "", r":\d+: model.num_heads is missing"),
     "negative weight": ("weight: 0.8", "weight: -0.8", "train_input.mixture.0.weight .*-0.8"),
+    "zero weight": ("weight: 0.8", "weight: 0", "train_input.mixture.0.weight is 0, so data/prose is never drawn"),
     "heads": ("  num_heads: 4", "  num_heads: 3", "model.num_heads 3 does not divide hidden_size 128"),
     "rotary": ("  rotary_dim: 8", "  rotary_dim: 64", "model.rotary_dim 64 must be even and at most the head size, 32"),
     "vocabularies": (

@@ -6,9 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from data_prep.errors import InputError
 from megatron.crystalcoder.model.config import ModelConfig, ParallelConfig
 from megatron.crystalcoder.model.fusions import Speed
 from megatron.crystalcoder.model.lora import LoraSettings
+
+
+class SettingError(InputError):
+    """A value of `TrainConfig` or its `ModelConfig` is wrong; `setting` names it, for who knows where it came from."""
+
+    def __init__(self, setting: str, message: str) -> None:
+        super().__init__(message)
+        self.setting = setting
 
 
 @dataclass(frozen=True)
@@ -131,6 +140,7 @@ class TrainConfig:
     loss_weight: float = 1.0
     skip_nonfinite: bool = False
     seed: int = 1234
+    phase: int | None = None  # of pretraining; recorded in checkpoints
 
     load: Path | None = None
     save: Path | None = None

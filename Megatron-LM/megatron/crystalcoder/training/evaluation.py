@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from megatron.crystalcoder.data.loader import micro_batches, open_data
 from megatron.crystalcoder.data.order import Order
 from megatron.crystalcoder.data.rows import Rows
 from megatron.crystalcoder.training.config import DataSettings, TrainConfig
-from megatron.crystalcoder.training.step import forward_backward, num_micro_batches
+from megatron.crystalcoder.training.step import forward_backward
 
 
 @dataclass(frozen=True)
@@ -28,23 +29,36 @@ class EvaluationSet:
     num_batches: int  # micro-batches per data-parallel rank
 
 
-def open_evaluation_sets(config: TrainConfig) -> list[EvaluationSet]:
-    """Open and check every entry. Raises InputError for one with fewer rows than all ranks' micro-batches need."""
-    return [_open(config, settings, number) for number, settings in enumerate(config.eval_data)]
+def open_evaluation_sets(config: TrainConfig, dp_size: int | None = None) -> list[EvaluationSet]:
+    """Open and check every entry. Raises InputError for one with fewer rows than all ranks' micro-batches need.
+
+    dp_size: data-parallel ranks; None: those that run now.
+    """
+    dp_size = dp_size or parallel_state.get_data_parallel_world_size()
+    names = evaluation_names(config.eval_data)
+    return [_open(config, settings, name, dp_size) for settings, name in zip(config.eval_data, names, strict=True)]
 
 
-def _open(config: TrainConfig, settings: DataSettings, number: int) -> EvaluationSet:
+def evaluation_names(entries: Sequence[DataSettings]) -> list[str]:
+    """A name for each entry: its directory's or file's, the whole path where two are called the same."""
+    paths = [entry.paths or tuple(item.data_dir for item in entry.mixture) for entry in entries]
+    short = [" + ".join(dict.fromkeys(path.name for path in each)) for each in paths]
+    long = [" + ".join(dict.fromkeys(map(str, each))) for each in paths]
+    names = [whole if short.count(name) > 1 else name for name, whole in zip(short, long, strict=True)]
+    return [f"{name} #{number}" if names.count(name) > 1 else name for number, name in enumerate(names, start=1)]
+
+
+def _open(config: TrainConfig, settings: DataSettings, name: str, dp_size: int) -> EvaluationSet:
     rows, order = open_data(settings, seq_length=config.seq_length, vocab_size=config.model.vocab_size)
     paths = settings.paths or tuple(entry.data_dir for entry in settings.mixture)
-    name = paths[0].name if len({str(p) for p in paths}) == 1 else f"{number}"
-    batch = config.micro_batch_size * parallel_state.get_data_parallel_world_size()
+    batch = config.micro_batch_size * dp_size
     available = order.num_rows // batch
     if not available:
         raise InputError(
             f"{paths[0]}: {order.num_rows} evaluation rows, fewer than micro-batch x data-parallel ranks = {batch}: "
             "give more rows or take a smaller micro-batch"
         )
-    wanted = config.eval_iters * num_micro_batches(config) if config.eval_iters else available
+    wanted = config.eval_iters * config.global_batch_size // batch if config.eval_iters else available
     return EvaluationSet(name, rows, order, min(wanted, available))
 
 

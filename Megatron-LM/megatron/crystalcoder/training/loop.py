@@ -24,7 +24,7 @@ from megatron.crystalcoder.data.loader import micro_batches, open_data
 from megatron.crystalcoder.model.gpt import build_model
 from megatron.crystalcoder.training.accounting import Accounting, open_account
 from megatron.crystalcoder.training.best_checkpoint import BestCheckpoint
-from megatron.crystalcoder.training.config import TrainConfig
+from megatron.crystalcoder.training.config import SettingError, TrainConfig
 from megatron.crystalcoder.training.evaluation import evaluate, open_evaluation_sets
 from megatron.crystalcoder.training.lora import add_lora
 from megatron.crystalcoder.training.metrics import MetricsLog
@@ -122,20 +122,21 @@ def train(
     return TrainResult(progress.iteration, progress.consumed_samples, reader.lm_loss, reader.stop_requested)
 
 
-def check_sizes(config: TrainConfig) -> None:
-    """Raise InputError unless batch, ranks and model divide as they must."""
+def check_sizes(config: TrainConfig, ranks: int | None = None) -> None:
+    """Raise InputError unless batch, ranks (None: those that run now) and model divide as they must."""
     parallel = config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     config.model.check_layout(tp, pp)
-    ranks = dist.get_world_size()
+    ranks = ranks or dist.get_world_size()
     if ranks % (tp * pp):
         raise InputError(f"{ranks} ranks do not split into TP {tp} x PP {pp}: start a multiple of {tp * pp} ranks")
     data_parallel = ranks // (tp * pp)
     batch = config.micro_batch_size * data_parallel
     if config.micro_batch_size < 1 or config.global_batch_size < 1 or config.global_batch_size % batch:
-        raise InputError(
+        raise SettingError(
+            "global_batch_size",
             f"global batch size {config.global_batch_size} is not a multiple of micro-batch size "
-            f"{config.micro_batch_size} x {data_parallel} data-parallel ranks = {batch}: change one of them"
+            f"{config.micro_batch_size} x {data_parallel} data-parallel ranks = {batch}: change one of them",
         )
     if config.seq_length > config.model.max_sequence_length:
         raise InputError(

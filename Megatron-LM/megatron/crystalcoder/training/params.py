@@ -44,13 +44,16 @@ class ReferenceCompat:
     init: bool = False
 
 
+THE_SOUND_WAY = ReferenceCompat()
+
+
 @dataclass(frozen=True)
 class Params:
     """A params.yaml that was read, checked and found consistent."""
 
     file: YamlFile
     values: ParamsSchema
-    reference: ReferenceCompat = ReferenceCompat()
+    reference: ReferenceCompat = THE_SOUND_WAY
 
     def train_config(
         self,
@@ -187,7 +190,7 @@ class Params:
 def load_params(
     path: Path,
     overrides: Iterable[str] = (),
-    reference: ReferenceCompat = ReferenceCompat(),
+    reference: ReferenceCompat = THE_SOUND_WAY,
 ) -> Params:
     """Read a params.yaml and apply `key.path=value` overrides.
 
@@ -202,12 +205,27 @@ def load_params(
     except ValidationError as error:
         _refuse(file, error.errors())
     _check_consistency(file, values)
+    if not reference.order:
+        _refuse_idle_weights(file, values)
     if not (values.model.scale_glu_initialization or reference.init):
         raise InputError(
             f"{file.place(('model', 'scale_glu_initialization'))}: model.scale_glu_initialization False leaves the "
             "gate's weight at torch's default: set it True, or pass --reference-init to have that"
         )
     return Params(file, values, reference)
+
+
+def _refuse_idle_weights(file: YamlFile, values: ParamsSchema) -> None:
+    """A dataset that is never drawn is a mistake, except where the reference's own use of it is wanted."""
+    for section in ("train_input", "eval_input"):
+        source: Input | None = getattr(values, section)
+        for number, item in enumerate((source and source.mixture) or ()):
+            keys: KeyPath = (section, "mixture", number, "weight")
+            if item.weight == 0:
+                raise InputError(
+                    f"{file.place(keys)}: {_name(keys)} is 0, so {item.data_dir} is never drawn: give it a weight "
+                    "above 0, or remove the item"
+                )
 
 
 def default_micro_batch_size(global_batch: int, dp_size: int, seq_length: int) -> int:

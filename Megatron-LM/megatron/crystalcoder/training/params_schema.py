@@ -183,7 +183,8 @@ class RunConfig(Section):
     log_steps: PositiveInt = 1
     seed: int = 1
     model_dir: str | None = None
-    checkpoint_path: str | None = None
+    checkpoint_path: str | None = None  # always gives weights alone
+    is_pretrained_checkpoint: bool | None = None  # True: there must be a checkpoint_path
 
     num_epochs: None = None  # a run's length is max_steps
     num_steps: None = None
@@ -191,7 +192,6 @@ class RunConfig(Section):
     validate_only: Literal[False] | None = None
     compile_only: Literal[False] | None = None
 
-    is_pretrained_checkpoint: NoEffect[bool | None] = None  # checkpoint_path always gives weights alone
     save_losses: NoEffect[bool | None] = None  # losses are always saved
     precision_opt_level: NoEffect[int | None] = None
     use_cs_grad_accum: NoEffect[bool | None] = None

@@ -20,9 +20,15 @@ from megatron.crystalcoder.data.loader import open_data
 from megatron.crystalcoder.data.mixture import MixtureOrder
 from megatron.crystalcoder.data.reference_order import ReferenceOrder
 from megatron.crystalcoder.model.config import ParallelConfig
+from megatron.crystalcoder.training.accounting import Accounting, dataset_names
 from megatron.crystalcoder.training.config import TrainConfig
-from megatron.crystalcoder.training.params import Params, ReferenceCompat, load_params
+from megatron.crystalcoder.training.params import Mode, Params, ReferenceCompat
+from megatron.crystalcoder.training.phases import Phase, one_phase, several_phases
+from megatron.crystalcoder.training.resume import Progress
 from megatron.crystalcoder.training.speed_flags import add_speed_arguments, with_speed_flags
+
+# Set for the ranks by the process that has checked everything before starting them.
+CHECKED = "CRYSTALCODER_CHECKED"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,7 +44,15 @@ def parser() -> argparse.ArgumentParser:
         epilog="On CS-2 systems: crystalcoder pretrain --target CSX ... (--target CSX --help lists its arguments).",
         allow_abbrev=False,
     )
-    top.add_argument("--params", type=Path, required=True, help="the YAML file: params/phase1/params.yaml, ...")
+    top.add_argument(
+        "--params",
+        type=Path,
+        required=True,
+        help="the YAML file: params/phase1/params.yaml, ...; with --phases their directory, or a path with {n}",
+    )
+    top.add_argument(
+        "--phases", metavar="1,2,3", help="run these one after the other, each from the weights of the one before"
+    )
     top.add_argument(
         "--model_dir", "--model-dir", type=Path, help="checkpoints and metrics go here; a run found here is continued"
     )
@@ -80,8 +94,8 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Params]:
-    """The arguments, and the file they name with their overrides. Raises InputError on anything wrong."""
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[Phase]]:
+    """The arguments, and the runs that they name: one, or with --phases several. Raises InputError."""
     options = parser().parse_intermixed_args(arguments)
     for name in ("tp", "pp", "micro_batch_size", "nproc"):
         value = getattr(options, name)
@@ -93,16 +107,29 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Params]:
         adam=every or options.reference_adam,
         init=every or options.reference_init,
     )
-    params = load_params(options.params, options.overrides, reference)
-    if (options.mode or "train") != "train" and params.values.eval_input is None:
-        raise InputError(f"{options.params}: --mode {options.mode} needs an eval_input section: add one")
-    return options, params
+    places = {"model_dir": options.model_dir, "checkpoint_path": options.checkpoint_path}
+    if options.phases is None:
+        phases = [one_phase(options.params, options.overrides, reference, **places)]
+    else:
+        phases = several_phases(options.phases, options.params, options.overrides, reference, **places)
+        if len(phases) > 1 and mode_of(options, phases[0]) == "eval":
+            raise InputError(f"--phases {options.phases}: evaluate one phase at a time")
+    for phase in phases:
+        if (options.mode or "train") != "train" and phase.params.values.eval_input is None:
+            raise InputError(f"{phase.params.file.path}: --mode {options.mode} needs an eval_input section: add one")
+    return options, phases
 
 
-def train_config(options: argparse.Namespace, params: Params, world_size: int) -> TrainConfig:
+def mode_of(options: argparse.Namespace, phase: Phase) -> Mode:
+    """What to do: the argument, or else the file's."""
+    mode: Mode = options.mode or phase.params.values.runconfig.mode
+    return mode
+
+
+def train_config(options: argparse.Namespace, phase: Phase, world_size: int) -> TrainConfig:
     """The run of `world_size` ranks that arguments and file describe."""
     model_parallel = options.tp * options.pp
-    config = params.train_config(
+    config = phase.params.train_config(
         parallel=ParallelConfig(
             tensor_model_parallel_size=options.tp,
             pipeline_model_parallel_size=options.pp,
@@ -113,40 +140,68 @@ def train_config(options: argparse.Namespace, params: Params, world_size: int) -
         dp_size=max(1, world_size // model_parallel),
         micro_batch_size=options.micro_batch_size,
         mode=options.mode,
-        model_dir=options.model_dir,
-        checkpoint_path=options.checkpoint_path,
+        model_dir=phase.model_dir,
+        checkpoint_path=phase.checkpoint_path,
         data_root=options.data_root,
     )
-    return with_speed_flags(replace(config, new_data_order=options.new_data_order), options)
+    return with_speed_flags(replace(config, phase=phase.number, new_data_order=options.new_data_order), options)
+
+
+def check_before_start(options: argparse.Namespace, phases: Sequence[Phase], world_size: int) -> None:
+    """Raise InputError for anything that would stop these runs on `world_size` ranks, naming the line to change."""
+    from megatron.crystalcoder.training.preflight import check
+
+    configs = [train_config(options, phase, world_size) for phase in phases]
+    check(phases, configs, world_size, mode=mode_of(options, phases[0]), data_root=options.data_root)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one rank. Exit codes: 2 bad input, 1 the run diverged, 143 a SIGTERM was answered by saving."""
     with exit_on_bad_input():
-        options, params = parse(sys.argv[1:] if arguments is None else arguments)
-        config = train_config(options, params, int(os.environ.get("WORLD_SIZE", "1")))
+        options, phases = parse(sys.argv[1:] if arguments is None else arguments)
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if int(os.environ.get("RANK", "0")) == 0 and CHECKED not in os.environ:
+            check_before_start(options, phases, world_size)
         platform.initialize()
-        if (options.mode or params.values.runconfig.mode) == "eval":
-            _evaluate(config)
+        if mode_of(options, phases[0]) == "eval":
+            _evaluate(train_config(options, phases[0], world_size))
         else:
-            _train(config, params)
+            _train(options, phases, world_size)
         platform.shutdown()
 
 
-def _train(config: TrainConfig, params: Params) -> None:
+def _train(options: argparse.Namespace, phases: Sequence[Phase], world_size: int) -> None:
+    """The phases that are not finished, one after the other."""
     from megatron.crystalcoder.checkpoint.random_init import RandomWeights
     from megatron.crystalcoder.training.loop import EXIT_INTERRUPTED, train
+    from megatron.crystalcoder.training.phase_report import PhaseReport
     from megatron.crystalcoder.training.step_reader import NonFiniteError
 
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(describe(config, params), flush=True)
-    try:
-        result = train(config, initial_weights=RandomWeights(config.model, params.init_settings(), params.init_seed))
-    except NonFiniteError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(1) from None
-    if result.interrupted:
-        raise SystemExit(EXIT_INTERRUPTED)
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    configs = [train_config(options, phase, world_size) for phase in phases]
+    for number, (phase, config) in enumerate(zip(phases, configs, strict=True)):
+        if len(phases) > 1 and phase.is_finished:
+            if is_first:
+                print(f"{phase.name}: finished, in {phase.model_dir}", flush=True)
+            continue
+        params = phase.params
+        later = list(zip(phases, configs, strict=True))[number + 1 :]
+        report = PhaseReport(phase, config, later=later, summary=options.model_dir if options.phases else None)
+
+        def on_checkpoint(progress: Progress, account: Accounting, report: PhaseReport = report) -> None:
+            if is_first:
+                report(progress, account)
+
+        if is_first:
+            print(describe(config, params), flush=True)
+        weights = RandomWeights(config.model, params.init_settings(), params.init_seed)
+        try:
+            result = train(config, initial_weights=weights, on_checkpoint=on_checkpoint)
+        except NonFiniteError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(1) from None
+        if result.interrupted:
+            raise SystemExit(EXIT_INTERRUPTED)
 
 
 def _evaluate(config: TrainConfig) -> None:
@@ -155,9 +210,10 @@ def _evaluate(config: TrainConfig) -> None:
 
     from megatron.crystalcoder.training.evaluation import evaluate, open_evaluation_sets
     from megatron.crystalcoder.training.loop import build, check_sizes
+    from megatron.crystalcoder.training.preflight import evaluation_config
     from megatron.crystalcoder.training.resume import find_start
 
-    config = replace(config, load=config.load or config.save, save=None, load_optimizer=False, load_rng=False)
+    config = evaluation_config(config)
     check_sizes(config)
     platform.initialize_model_parallel(config.parallel, config.seed)
     sets = open_evaluation_sets(config)
@@ -181,12 +237,11 @@ def describe(config: TrainConfig, params: Params) -> str:
     samples = config.train_iters * config.global_batch_size
     lines.append(f"data: {len(rows):,} rows; the run takes {samples:,} samples")
     if isinstance(order, MixtureOrder | ReferenceOrder) and config.data.mixture:
-        entries = [entry for entry in config.data.mixture if entry.weight > 0]
-        for entry, source, count in zip(entries, order.sources, order.counts, strict=True):
-            drawn = samples * count / sum(order.counts)
+        drawn = zip(dataset_names(config.data), order.sources, order.drawn(samples), strict=True)
+        for name, source, count in drawn:
             lines.append(
-                f"  {entry.data_dir}: {count / sum(order.counts):.2%} of the samples, {source.num_rows:,} rows "
-                f"seen {drawn / source.num_rows:.2f} times"
+                f"  {name}: {count / samples:.2%} of the samples, {source.num_rows:,} rows "
+                f"seen {count / source.num_rows:.2f} times"
             )
     return "\n".join(lines)
 

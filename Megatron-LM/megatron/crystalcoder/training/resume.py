@@ -11,7 +11,7 @@ from megatron.crystalcoder.checkpoint.open import Checkpoint, open_checkpoint
 from megatron.crystalcoder.checkpoint.weights import WeightSource
 from megatron.crystalcoder.model.config import ModelConfig
 from megatron.crystalcoder.model.lora import LoraSettings
-from megatron.crystalcoder.training.config import TrainConfig
+from megatron.crystalcoder.training.config import SettingError, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,10 @@ def refuse_other_model(model: ModelConfig, checkpoint: Checkpoint) -> None:
     for name in names:
         ours, recorded = getattr(model, name), getattr(theirs, name)
         if ours != recorded:
-            raise InputError(
+            raise SettingError(
+                name,
                 f"{checkpoint.path}: the checkpoint records {name} {recorded}, but {ours} is asked for: "
-                "drop that setting, or load another checkpoint"
+                "change that setting, or load another checkpoint",
             )
 
 

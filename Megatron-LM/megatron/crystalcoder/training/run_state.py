@@ -107,10 +107,16 @@ def _facts(config: TrainConfig, progress: Progress, account: Accounting) -> argp
         global_batch_size=config.global_batch_size,
         train_iters=config.train_iters,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-        run_config=json.dumps(asdict(config), default=str),
+        phase=config.phase,
+        run_config=json.dumps(asdict(config), default=_plain),
         code_version=code_version(),
         **account.record(progress.consumed_samples),
     )
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no form for; the same on every rank, where a set's own order is not."""
+    return sorted(value) if isinstance(value, frozenset) else str(value)
 
 
 @lru_cache(maxsize=1)
