@@ -67,6 +67,12 @@ def convert(
     hf_config: Annotated[
         str | None, typer.Option(help="directory of config.json and tokenizer, or CrystalCoder for the packaged one")
     ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="tokenizer to put beside the weights: directory or file [default: the source's]")
+    ] = None,
+    transformer_engine: Annotated[
+        bool, typer.Option("--transformer-engine", help="--format torch: names of layers with fused norms")
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="replace the target once the new one is complete")] = False,
     verify: Annotated[
         bool, typer.Option("--verify/--skip-verify", help="read the result back and compare every tensor")
@@ -106,6 +112,8 @@ def convert(
         release=release,
         dtype=DTYPES[dtype.value] if dtype else None,
         hf_config=resolve_hf_config_path(hf_config) if hf_config else None,
+        tokenizer=tokenizer,
+        fused_norms=transformer_engine,
         overwrite=overwrite,
         verify=verify,
         logits=logits,
@@ -122,25 +130,78 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 @app.command()
 @exits_on_bad_input
-def inspect(directory: Annotated[Path, typer.Argument(help="a checkpoint in any format")]) -> None:
-    """Tell what a checkpoint is, from its headers: format, layout, sizes, muP constants, dtypes."""
+def inspect(
+    directory: Annotated[str, typer.Argument(help="a checkpoint in any format")],
+    tensors: Annotated[bool, typer.Option("--tensors/--no-tensors", help="list every tensor's shape and dtype")] = True,
+) -> None:
+    """Tell what a checkpoint is, from its headers: format, layout, iteration, sizes, muP constants, dtypes, tensors."""
+    from megatron.crystalcoder.checkpoint.diff import tensors_of
     from megatron.crystalcoder.checkpoint.open import open_checkpoint
 
     checkpoint = open_checkpoint(directory)
-    config, weights = checkpoint.config, checkpoint.weights
-    dtypes = {str(weights.dtype(name)).removeprefix("torch.") for name in weights.names()}
-    facts: dict[str, Any] = {"format": checkpoint.format, "parameters": f"{config.num_parameters:,}"}
-    if checkpoint.format != "hf":
-        facts["written at"] = f"TP{checkpoint.tensor_parallel} PP{checkpoint.pipeline_parallel}"
+    config, stored = checkpoint.config, tensors_of(checkpoint)
+    own = config.unpadded
+    facts: dict[str, Any] = {"format": checkpoint.format, "parameters": f"{own.num_parameters:,}"}
+    if checkpoint.layout is not None:
+        facts["written at"] = str(checkpoint.layout)
         facts["iteration"] = f"{checkpoint.iteration}{' (converted)' if checkpoint.is_converted else ''}"
-    facts["dtype"] = ", ".join(sorted(dtypes))
-    facts |= {name: value for name, value in vars(config).items() if name != "mup"}
+    if checkpoint.adapter is not None:
+        facts["adapter"] = f"{checkpoint.adapter}; what follows is its base"
+    facts["dtype"] = ", ".join(sorted({_dtype(stored[name]) for name in checkpoint.weights.names()}))
+    kinds = {name.removeprefix("optimizer.state.").split(".")[0] for name in stored if name.startswith("optimizer.")}
+    if kinds:
+        facts["optimizer state"] = ", ".join(sorted(kinds))
+    facts |= {name: value for name, value in vars(own).items() if name != "mup" and not name.startswith("unpadded_")}
+    for name in ("vocab_size", "ffn_hidden_size"):
+        if getattr(config, name) != facts[name]:
+            facts[name] = f"{facts[name]} (padded to {getattr(config, name)})"
     if checkpoint.mup_recorded:
         facts |= {f"mup {name}": value for name, value in vars(config.mup).items()}
     else:
         facts["mup"] = "not recorded"
     for name, value in facts.items():
-        print(f"{name:<24}{value}")
+        print(f"{name:<26}{value}")
+    if tensors:
+        print()
+        rows = [(name, str(list(entry.shape)), _dtype(entry)) for name, entry in stored.items()]
+        widths = [max(len(row[column]) for row in rows) for column in range(2)]
+        for name, shape, dtype in rows:
+            print(f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {dtype}")
+
+
+def _dtype(stored: Any) -> str:
+    return str(stored.dtype).removeprefix("torch.")
+
+
+@app.command()
+@exits_on_bad_input
+def diff(
+    first: Annotated[str, typer.Argument(help="a checkpoint in any format")],
+    second: Annotated[str, typer.Argument(help="another, in the same or another format and layout")],
+    workers: Annotated[int | None, typer.Option(min=1, help="threads [default: one a core, 4 at most]")] = None,
+) -> None:
+    """Compare two checkpoints tensor by tensor. Exit code 0: equal bit for bit; 1: they differ; 2: cannot be read."""
+    from megatron.crystalcoder.checkpoint.diff import config_differences, refuse_incomparable, tensors_of
+    from megatron.crystalcoder.checkpoint.diff import diff as differences
+    from megatron.crystalcoder.checkpoint.open import open_checkpoint
+    from megatron.crystalcoder.checkpoint.progress import progress_bar
+    from megatron.crystalcoder.checkpoint.transfer import default_workers
+
+    one, other = open_checkpoint(first), open_checkpoint(second)
+    refuse_incomparable(one, other)
+    stored = tensors_of(one)
+    lines = [f"configuration: {line}" for line in config_differences(one, other)]
+    with progress_bar(sum(entry.nbytes for entry in stored.values()), "comparing") as advance:
+        found = list(differences(one, other, workers=workers or default_workers(), progress=advance))
+    lines += map(str, found)
+    for line in lines:
+        print(line)
+    if not lines:
+        print(f"equal, bit for bit: {len(stored)} tensors, {one.config.unpadded.num_parameters:,} parameters")
+        return
+    common = sum(difference.name in stored for difference in found)
+    print(f"different: {len(lines)} differences; {len(stored) - common} of {len(stored)} tensors are equal")
+    raise typer.Exit(1)
 
 
 def main(arguments: list[str]) -> None:

@@ -114,8 +114,8 @@ def export(
 ) -> None:
     """Write a run's model as a Hugging Face directory; an adapter is merged, and also stands in TO/adapter for PEFT."""
     from megatron.crystalcoder.checkpoint.adapter import ADAPTER, merge_into, read_adapter
+    from megatron.crystalcoder.checkpoint.companions import TOKENIZER_FILES
     from megatron.crystalcoder.checkpoint.convert import convert
-    from megatron.crystalcoder.checkpoint.hf_writer import TOKENIZER_FILES
     from megatron.crystalcoder.checkpoint.open import open_checkpoint
 
     checkpoint = open_checkpoint(run_directory / "best" if best else run_directory)

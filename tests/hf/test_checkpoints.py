@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from CrystalCoder import CrystalCoderConfig, CrystalCoderTokenizerFast
+from support.elsewhere import run_remote
 from support.reference_model import TINY, random_weights
 
 CODE_FILES = {"configuration_crystalcoder.py", "modeling_crystalcoder.py", "tokenization_crystalcoder_fast.py"}
@@ -128,22 +127,6 @@ model.save_pretrained(again), tokenizer.save_pretrained(again)
 logits, hidden = model(prompt).logits, decoder(prompt).last_hidden_state
 torch.save({"ids": ids, "text": text, "logits": logits, "hidden": hidden, "std": std}, folder + "/result.pt")
 """
-
-
-def run_remote(script: str, *arguments: Path, cache: Path) -> None:
-    """Run in a fresh process, outside the checkout, that cannot see this project's packages."""
-    hide = "import os, sys; sys.path = [p for p in sys.path if not os.path.isdir(p + '/CrystalCoder')]\n"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTHONPATH", None)
-    done = subprocess.run(
-        [sys.executable, "-c", hide + script, *map(str, arguments)],
-        cwd=cache,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def test_a_saved_directory_runs_elsewhere(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -16,22 +17,23 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from megatron.crystalcoder.checkpoint.blocks import Files
+from megatron.crystalcoder.checkpoint.companions import write_companions
 from megatron.crystalcoder.checkpoint.convert import convert
 from megatron.crystalcoder.checkpoint.hf_config import from_hf, packaged_directory, read_json
-from megatron.crystalcoder.checkpoint.hf_writer import write_companions
 from megatron.crystalcoder.checkpoint.tensor_files import TensorRef, describe_torch
 from megatron.crystalcoder.checkpoint.weights import logical_shapes
 from megatron.crystalcoder.model.config import ModelConfig
 from tools.bench.report import Table
 
 LAYERS = 2  # of the 7B model's 32: its tensors have their real shapes, and the run fits a laptop's disk
-HEADER = ("way", "dtype", "workers", "tensors compared", "s", "GB / s", "share of cp's speed", "peak RSS, GB")
+HEADER = ("way", "dtype", "workers", "compared", "s", "GB / s", "cp, s", "share of cp's speed", "peak RSS, GB")
+Compared = Literal["nothing", "tensors", "tensors, logits"]
 
 
 def measure() -> Table:
@@ -42,17 +44,16 @@ def measure() -> Table:
         for dtype in (torch.bfloat16, torch.float32):
             bench.make_source(replace(_seven_b(), num_layers=LAYERS), dtype)
             for format in ("torch", "torch_dist"):
-                for workers, verify in ((1, True), (2, False), (2, True)):
-                    rows.append(bench.there(format, workers, verify))
-                for workers, verify in ((1, True), (2, False), (2, True)):
-                    rows.append(bench.back(format, workers, verify))
+                ways: tuple[tuple[int, Compared], ...] = ((1, "tensors"), (2, "nothing"), (2, "tensors"))
+                rows += [bench.there(format, *way) for way in ways]
+                rows += [bench.back(format, *way) for way in ways]
                 shutil.rmtree(bench.megatron)
             shutil.rmtree(bench.hf)
     return Table(
         "convert",
         "Checkpoint conversion",
         f"The 7B model cut to {LAYERS} layers, from .bin at TP2 and back to safetensors; page cache warm; best of 2, "
-        "`cp` of the same files timed in turn with each.",
+        "`cp` of the same files timed in turn with each, nothing left to write before either begins.",
         HEADER,
         rows,
     )
@@ -63,10 +64,10 @@ def measure_full() -> Table:
     with tempfile.TemporaryDirectory() as folder:
         bench = _Bench(Path(folder), rounds=1)
         bench.make_source(_seven_b(), torch.float32)
-        rows = [bench.there("torch", 2, True, keep_source=False), bench.back("torch", 2, True, keep_source=False)]
+        rows = [bench.there("torch", 2, "tensors", is_last=True), bench.back("torch", 2, "tensors", is_last=True)]
         bench.back_becomes_source()
-        rows += [bench.there("torch_dist", 2, True, keep_source=False)]
-        rows += [bench.back("torch_dist", 2, True, keep_source=False)]
+        rows += [bench.there("torch_dist", 2, "tensors", is_last=True)]
+        rows += [bench.back("torch_dist", 2, "tensors"), bench.back("torch_dist", 2, "tensors, logits")]
     return Table(
         "convert-full",
         "Checkpoint conversion at 7B",
@@ -102,17 +103,17 @@ class _Bench:
                     _fill(files, ref)
             weight_map |= dict.fromkeys(mine, file)
         (self.hf / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-        write_companions(self.hf, config, read_json(packaged_directory() / "config.json"), None, dtype)
+        write_companions(self.hf, config, read_json(packaged_directory() / "config.json"), {}, dtype)
 
-    def there(self, format: str, workers: int, verify: bool, keep_source: bool = True) -> tuple[str, ...]:
-        """Hugging Face to Megatron; the result stays for the way back."""
-        layout = {"tensor_parallel": 2, "pipeline_parallel": 1 if keep_source else 4}
-        return self._measured(self.hf, self.megatron, format, workers, verify, keep_source, layout)
+    def there(self, format: str, workers: int, compared: Compared, is_last: bool = False) -> tuple[str, ...]:
+        """Hugging Face to Megatron; the result stays for the way back. is_last: the source is removed afterwards."""
+        layout = {"tensor_parallel": 2, "pipeline_parallel": 4 if is_last else 1}
+        return self._measured(self.hf, self.megatron, format, workers, compared, is_last, layout)
 
-    def back(self, format: str, workers: int, verify: bool, keep_source: bool = True) -> tuple[str, ...]:
+    def back(self, format: str, workers: int, compared: Compared, is_last: bool = False) -> tuple[str, ...]:
         """Megatron to Hugging Face."""
-        row = self._measured(self.megatron, self._back, "hf", workers, verify, keep_source, {})
-        if keep_source:
+        row = self._measured(self.megatron, self._back, "hf", workers, compared, is_last, {})
+        if not is_last:
             shutil.rmtree(self._back)
         return (row[0].replace("megatron", format), *row[1:])
 
@@ -121,17 +122,20 @@ class _Bench:
         self._back.rename(self.hf)
 
     def _measured(
-        self, source: Path, target: Path, format: str, workers: int, verify: bool, keep_source: bool, layout: Any
+        self, source: Path, target: Path, format: str, workers: int, compared: Compared, is_last: bool, layout: Any
     ) -> tuple[str, ...]:
         size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
         copied = seconds = float("inf")
         for _ in range(self._rounds):
+            os.sync()  # or each would wait for what the one before it has left to write
             start = time.perf_counter()
             subprocess.run(["cp", "-r", source, self._copy], check=True)
             copied = min(copied, time.perf_counter() - start)
             shutil.rmtree(self._copy)
             shutil.rmtree(target, ignore_errors=True)
-            options = {"format": format, "workers": workers, "verify": verify, "logits": False, **layout}
+            os.sync()
+            checks = {"verify": compared != "nothing", "logits": "logits" in compared}
+            options = {"format": format, "workers": workers, **checks, **layout}
             once = [
                 sys.executable,
                 "-m",
@@ -143,16 +147,17 @@ class _Bench:
             ]
             result = json.loads(subprocess.run(once, check=True, capture_output=True, text=True).stdout)
             seconds = min(seconds, result["seconds"])
-        if not keep_source:
+        if is_last:
             shutil.rmtree(source)
         way = f"HF -> {format}" if format != "hf" else "megatron -> HF"
         speeds = (
             f"{seconds:.2f}",
             f"{size / seconds / 1e9:.2f}",
+            f"{copied:.2f}",
             f"{copied / seconds:.0%}",
             f"{result['rss'] / 1e9:.2f}",
         )
-        return (way, self._dtype, str(workers), "yes" if verify else "no", *speeds)
+        return (way, self._dtype, str(workers), compared, *speeds)
 
 
 def _seven_b() -> ModelConfig:

@@ -12,6 +12,13 @@ from typing import Any, Literal
 import torch
 
 from data_prep.errors import InputError
+from megatron.crystalcoder.checkpoint.companions import (
+    TOKENIZER_FILES,
+    companion_files,
+    settle_config,
+    write_code,
+    write_companions,
+)
 from megatron.crystalcoder.checkpoint.directory import (
     HF_FILES,
     RELEASE,
@@ -19,17 +26,18 @@ from megatron.crystalcoder.checkpoint.directory import (
     new_directory,
     write_tracker,
 )
-from megatron.crystalcoder.checkpoint.hf_config import from_hf, hf_values, packaged_directory, read_json
-from megatron.crystalcoder.checkpoint.hf_writer import TOKENIZER_FILES, lay_out_hf, write_code, write_companions
+from megatron.crystalcoder.checkpoint.hf_writer import lay_out_hf
 from megatron.crystalcoder.checkpoint.layout import Layout, layout_args, make_layout
 from megatron.crystalcoder.checkpoint.logits import NUM_PROMPTS, compare_logits, refuse_other_logits
 from megatron.crystalcoder.checkpoint.megatron_args import to_args
+from megatron.crystalcoder.checkpoint.model_card import CARD, write_model_card
 from megatron.crystalcoder.checkpoint.open import Checkpoint, open_checkpoint
 from megatron.crystalcoder.checkpoint.placement import combined
 from megatron.crystalcoder.checkpoint.progress import progress_bar
 from megatron.crystalcoder.checkpoint.tensor_files import Inert, describe_torch
 from megatron.crystalcoder.checkpoint.torch_dist_reader import COMMON, open_optimizer
 from megatron.crystalcoder.checkpoint.torch_dist_writer import lay_out_torch_dist
+from megatron.crystalcoder.checkpoint.torch_reader import Names
 from megatron.crystalcoder.checkpoint.torch_writer import lay_out_torch
 from megatron.crystalcoder.checkpoint.transfer import MAX_QUEUE_SIZE, Transfer, default_workers
 from megatron.crystalcoder.checkpoint.weights import DTypes, logical_shapes
@@ -55,6 +63,8 @@ def convert(
     dtype: torch.dtype | None = None,
     release: bool = False,
     hf_config: Path | None = None,
+    tokenizer: Path | None = None,
+    fused_norms: bool = False,
     overwrite: bool = False,
     verify: bool = True,
     logits: bool = True,
@@ -70,8 +80,10 @@ def convert(
     tensor-parallel size.
     true_vocab_size: the vocabulary without the padding that another writer gave it.
     dtype: cast to it; None keeps what is stored. release: written as Megatron's `release`, without an iteration.
-    hf_config: see `settle_config`. verify: read every tensor back and compare it bit for bit, before the target gets
-    its name. logits: then compare both sides' logits too (without `verify`, neither is done). workers: threads.
+    hf_config: see `settle_config`. tokenizer: see `companion_files`. fused_norms: in format `torch`, name the norms as
+    layers do that fuse them into the linear behind (Transformer Engine). verify: read every tensor back and compare it
+    bit for bit, before the target gets its name. logits: then compare both sides' logits too (without `verify`, neither
+    is done). workers: threads.
     max_queue_size: most tensors in work at a time.
     Memory: about two of the largest tensors for each worker, whatever the model's size. Raises InputError and leaves
     nothing behind. A conversion that is killed goes on where it was when it is started again.
@@ -82,6 +94,10 @@ def convert(
     config, template = settle_config(checkpoint, hf_config)
     if format == "hf" and not config.rotary_interleaved:
         raise InputError(f"{source}: rotary_interleaved is off, which the Hugging Face model cannot express")
+    if fused_norms and format != "torch":
+        raise InputError(
+            f"format {format} names the norms in one way only: drop the flag of Transformer Engine's names"
+        )
     layout = None
     if format != "hf":
         config, layout = _target_layout(
@@ -97,7 +113,7 @@ def convert(
     everything = combined(sets)
     dtypes = {name: dtype or entry.dtype for name, entry in everything.stored.items()}
     needed = sum(torch.Size(x.shape).numel() * dtypes[name].itemsize for name, x in everything.stored.items())
-    files_from = tokenizer_directory(checkpoint, hf_config)
+    companions = companion_files(checkpoint, hf_config, tokenizer)
     report(f"{source}: {checkpoint.format}, {config.unpadded.num_parameters:,} parameters")
     job = {
         "source": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in _source_files(checkpoint)],
@@ -106,13 +122,17 @@ def convert(
     with new_directory(target, overwrite=overwrite, job=job) as partial:
         if not partial.is_laid_out:
             _refuse_full_disk(partial.path, target, needed)
-            _lay_out(partial.path, checkpoint, format, config, layout, dtypes, list(sets), release)
+            _lay_out(partial.path, checkpoint, format, config, layout, dtypes, list(sets), release, fused_norms)
             partial.laid_out()
-        companions = partial.path if format == "hf" else partial.path / HF_FILES
-        companions.mkdir(exist_ok=True)
-        write_companions(companions, config.unpadded, template, files_from, dtypes["transformer.wte.weight"])
+        beside = partial.path if format == "hf" else partial.path / HF_FILES
+        beside.mkdir(exist_ok=True)
+        write_companions(beside, config.unpadded, template, companions, dtypes["transformer.wte.weight"])
         if format == "hf":
             write_code(partial.path)
+            if checkpoint.format == "hf" and (checkpoint.path / CARD).is_file():
+                shutil.copyfile(checkpoint.path / CARD, partial.path / CARD)
+            else:
+                write_model_card(partial.path, target.name, config, dtypes["transformer.wte.weight"])
         written = open_checkpoint(partial.path)
         places = {"": written.weights}
         if len(sets) > 1:
@@ -136,8 +156,8 @@ def convert(
         report(f"logits on {NUM_PROMPTS} prompts: {difference}")
     for line in _padding_notes(config):
         report(line)
-    if files_from is None:
-        report(f"note: {source} carries no tokenizer files, so {target} has none; add them beside config.json")
+    if not set(companions) & set(TOKENIZER_FILES):
+        report(f"note: {source} carries no tokenizer, so {target} has none: give one (--tokenizer), or add its files")
 
 
 def _target_layout(
@@ -189,6 +209,7 @@ def _lay_out(
     dtypes: DTypes,
     prefixes: list[str],
     release: bool,
+    fused_norms: bool,
 ) -> None:
     """Make all of the target's files, with zeros for the tensors' values. prefixes: "" and the optimizer state's."""
     if layout is None:
@@ -205,15 +226,16 @@ def _lay_out(
         converted=not is_run,
         iteration=iteration,
         use_mcore_models=format != "legacy",
+        transformer_impl="transformer_engine" if fused_norms else "local",
         **layout_args(layout),
     )
     if format == "torch_dist":
         run = _run_state(checkpoint, args) if is_run else {}
-        names = logical_shapes(config)
-        sets = {prefix: {name: dtypes[prefix + name] for name in names} for prefix in prefixes}
+        sets = {prefix: {name: dtypes[prefix + name] for name in logical_shapes(config)} for prefix in prefixes}
         lay_out_torch_dist(inner, config, sets, args, iteration, run)
     else:
-        lay_out_torch(inner, config, dtypes, args, iteration, layout, "legacy" if format == "legacy" else "mcore")
+        names: Names = "legacy" if format == "legacy" else "fused" if fused_norms else "mcore"
+        lay_out_torch(inner, config, dtypes, args, iteration, layout, names)
     write_tracker(folder, RELEASE if release else iteration)
 
 
@@ -243,47 +265,3 @@ def _refuse_full_disk(folder: Path, target: Path, needed: int) -> None:
         raise InputError(
             f"{target}: needs {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free: make room, or choose another"
         )
-
-
-def settle_config(checkpoint: Checkpoint, hf_config: Path | None) -> tuple[ModelConfig, dict[str, Any]]:
-    """What the model is, and the template for the config.json keys that a checkpoint does not tell.
-
-    The checkpoint's own record always counts. The packaged config.json (the 7B model's) is a template for any model. A
-    config.json of the user's speaks of this very model, so it must not contradict the checkpoint. Only where the
-    checkpoint does not record muP (the reference's converter) do the constants come from config.json, which must then
-    be that of a model of the same sizes.
-    """
-    packaged = read_json(packaged_directory() / "config.json")
-    carried = read_json(checkpoint.hf_files / "config.json") if checkpoint.hf_files else {}
-    if hf_config is None:
-        if not checkpoint.mup_recorded:
-            raise InputError(
-                f"{checkpoint.path}: does not record the muP constants: pass the Hugging Face directory of this model "
-                "(its config.json has them) as --hf-config-path"
-            )
-        return checkpoint.config, packaged | carried
-    given = read_json(hf_config / "config.json")
-    if checkpoint.mup_recorded and given == packaged:
-        return checkpoint.config, packaged | carried
-    described = from_hf(given, hf_config / "config.json")
-    recorded = checkpoint.config
-    if not checkpoint.mup_recorded:
-        recorded = replace(recorded, mup=described.mup, layernorm_epsilon=described.layernorm_epsilon)
-    theirs = hf_values(described)
-    for key, value in hf_values(recorded).items():
-        # Rotary has no table of positions, so that length is a habit and no property of the weights.
-        if key != "n_positions" and theirs[key] != value:
-            raise InputError(
-                f"{hf_config / 'config.json'}: says {key} {theirs[key]}, but {checkpoint.path} has "
-                f"{value}: pass the config.json of this model"
-                + (" (the muP constants are taken from it)" if not checkpoint.mup_recorded else ", or none")
-            )
-    return recorded, packaged | carried | given
-
-
-def tokenizer_directory(checkpoint: Checkpoint, hf_config: Path | None) -> Path | None:
-    """Where the tokenizer files come from: the --hf-config-path directory, else what the checkpoint carries."""
-    for directory in (hf_config, checkpoint.hf_files, packaged_directory()):
-        if directory is not None and any((directory / name).is_file() for name in TOKENIZER_FILES):
-            return directory
-    return None

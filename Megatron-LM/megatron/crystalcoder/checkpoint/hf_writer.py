@@ -1,9 +1,8 @@
-"""Write a Hugging Face checkpoint tensor by tensor: sharded safetensors, configuration, model code, tokenizer."""
+"""Write a Hugging Face checkpoint's weights tensor by tensor: safetensors, sharded, with an index."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,21 +10,11 @@ from typing import Any
 import torch
 
 from megatron.crystalcoder.checkpoint.blocks import Files
-from megatron.crystalcoder.checkpoint.hf_config import hf_values, packaged_directory, read_json
 from megatron.crystalcoder.checkpoint.tensor_files import SAFETENSORS_DTYPES, TensorRef, describe_safetensors
 from megatron.crystalcoder.checkpoint.weights import DTypes, WeightSource, logical_shapes
 from megatron.crystalcoder.model.config import ModelConfig
 
 MAX_SHARD_BYTES = 5_000_000_000
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
-_GENERATION_CONFIG = "generation_config.json"
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
@@ -58,7 +47,7 @@ def lay_out_hf(
     if len(shards) > 1:
         weight_map = {name: ref.file.name for name, ref in places.items()}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        _write_json(target / "model.safetensors.index.json", index)
+        write_json(target / "model.safetensors.index.json", index)
     return places
 
 
@@ -86,36 +75,6 @@ def _bytes(shape: Iterable[int], dtype: torch.dtype) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
 
 
-def config_json(config: ModelConfig, template: dict[str, Any]) -> dict[str, Any]:
-    """config.json's content: what the model decides, the packaged code's names, and the template for all else."""
-    packaged = read_json(packaged_directory() / "config.json")
-    code = {key: packaged[key] for key in ("model_type", "architectures", "auto_map")}
-    return {**packaged, **template, **hf_values(config), **code}
-
-
-def write_companions(
-    target: Path, config: ModelConfig, template: dict[str, Any], files_from: Path | None, dtype: torch.dtype
-) -> None:
-    """config.json, generation_config.json and tokenizer files. files_from: where the latter two are taken from."""
-    content = config_json(config, template) | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    _write_json(target / "config.json", content)
-    own_generation = files_from is not None and (files_from / _GENERATION_CONFIG).is_file()
-    if files_from is not None and own_generation:
-        shutil.copyfile(files_from / _GENERATION_CONFIG, target / _GENERATION_CONFIG)
-    else:
-        generation = {"_from_model_config": True}
-        generation |= {key: content[key] for key in ("bos_token_id", "eos_token_id") if key in content}
-        _write_json(target / _GENERATION_CONFIG, generation)
-    for name in TOKENIZER_FILES:
-        if files_from is not None and (files_from / name).is_file():
-            shutil.copyfile(files_from / name, target / name)
-
-
-def write_code(target: Path) -> None:
-    """The packaged model's code, so that the directory runs where this project is not installed."""
-    for file in packaged_directory().glob("*_crystalcoder*.py"):
-        shutil.copyfile(file, target / file.name)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """A JSON object, its keys in order."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -16,7 +16,8 @@ from megatron.crystalcoder.checkpoint.verify import check_shapes
 from megatron.crystalcoder.checkpoint.weights import TIED_HEAD, Row, chunk_rows, megatron_shape
 from megatron.crystalcoder.model.config import ModelConfig
 
-Names = Literal["mcore", "legacy"]
+# megatron-core's, of plain layers or of such that fuse the norms into linears; the reference's.
+Names = Literal["mcore", "fused", "legacy"]
 
 
 def describe_first_rank(iteration_dir: Path) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def names_in(content: dict[str, Any]) -> Names:
 
 def row_name(row: Row, dialect: Names, found: Container[str] = ()) -> str:
     """A row's name in a rank's file, dots for nesting; layers that fuse norms (`found` tells) name those otherwise."""
-    if row.norm_fused in found:
+    if dialect == "fused" or row.norm_fused in found:
         return row.sharded_name
     return row.mcore if dialect == "mcore" else row.legacy
 

@@ -32,11 +32,8 @@ def lay_out_torch(
             rows = chunk_rows(config, layout, chunk)
             key = "model" if layout.virtual == 1 else f"model{virtual_rank}"
             model = {row: _empty(row, config, dtypes, layout.tensor_parallel) for row in rows}
-            content[key] = (
-                {row.mcore: tensor for row, tensor in model.items()}
-                if dialect == "mcore"
-                else _nested({row_name(row, dialect): tensor for row, tensor in model.items()})
-            )
+            named = {row_name(row, dialect): tensor for row, tensor in model.items()}
+            content[key] = _nested(named) if dialect == "legacy" else named
         for tp_rank in range(layout.tensor_parallel):
             file = rank_file(iteration_dir, tp_rank, pp_rank, layout.pipeline_parallel)
             file.parent.mkdir(parents=True)
