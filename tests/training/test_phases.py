@@ -29,7 +29,7 @@ def run(arguments: list[str], stop_in_step: int | None = None) -> str | None:
     from megatron.crystalcoder import platform
     from megatron.crystalcoder.training import loop, pretrain
 
-    done, real_step, real = 0, loop.train_step, (platform.initialize, platform.shutdown)
+    done, real_step, real = 0, loop.start_step, (platform.initialize, platform.shutdown)
 
     def fatal_step(*args: Any, **kwargs: Any) -> Any:
         nonlocal done
@@ -38,7 +38,7 @@ def run(arguments: list[str], stop_in_step: int | None = None) -> str | None:
             raise KeyboardInterrupt
         return real_step(*args, **kwargs)
 
-    loop.train_step = fatal_step
+    loop.start_step = fatal_step
     platform.initialize = platform.shutdown = lambda: None  # type: ignore[assignment]
     try:
         options, chosen = pretrain.parse(arguments)
@@ -49,7 +49,7 @@ def run(arguments: list[str], stop_in_step: int | None = None) -> str | None:
     except KeyboardInterrupt:
         pass
     finally:
-        loop.train_step = real_step
+        loop.start_step = real_step
         platform.initialize, platform.shutdown = real
     return None
 
