@@ -16,6 +16,14 @@ DEFAULT_SYSTEM_PROMPT = (
 Role = Literal["system", "user", "assistant"]
 
 
+class TurnError(InputError):
+    """What is wrong with one turn of a conversation, and with which (from 0)."""
+
+    def __init__(self, turn: int, reason: str) -> None:
+        super().__init__(f"turn {turn}: {reason}")
+        self.turn, self.reason = turn, reason
+
+
 @dataclass(frozen=True)
 class Turn:
     """What one speaker says. `trained` is False for an answer that the data gives weight 0: context, no example."""
@@ -31,7 +39,8 @@ class Conversation:
     alternate (the assistant may begin) and the assistant has the last word.
 
     Raises:
-        InputError: the order is another; the message names the turn, the caller adds the file and line.
+        TurnError: the order is another, or an unknown role; the caller adds the file and line.
+        InputError: there are no turns.
     """
 
     turns: tuple[Turn, ...]
@@ -42,14 +51,15 @@ class Conversation:
         previous: Role | None = None
         for number, turn in enumerate(self.turns):
             if turn.role not in get_args(Role):
-                raise InputError(f"turn {number}: unknown role '{turn.role}': use system, user or assistant")
+                raise TurnError(number, f"unknown role '{turn.role}': use system, user or assistant")
             if turn.role == "system" and number:
-                raise InputError(f"turn {number}: a system turn after the first: move it to the front")
+                raise TurnError(number, "a system turn after the first: move it to the front")
             if turn.role == previous:
-                raise InputError(f"turn {number}: the {turn.role} speaks twice in a row: join the two turns")
+                raise TurnError(number, f"the {turn.role} speaks twice in a row: join the two turns")
             previous = turn.role
         if previous != "assistant":
-            raise InputError(f"the last turn is the {previous}'s, not the assistant's: add the answer or drop the turn")
+            reason = f"the last turn is the {previous}'s, not the assistant's: add the answer or drop the turn"
+            raise TurnError(len(self.turns) - 1, reason)
 
     def with_system(self, prompt: str) -> Conversation:
         """This conversation, opened with `prompt` unless it has a system turn of its own or the prompt is empty."""

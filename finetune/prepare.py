@@ -30,11 +30,12 @@ from data_prep.sequences import SequenceWriter
 from data_prep.sources import Fault, FaultPolicy, discover
 from data_prep.tokenizer import Tokenizer
 from finetune.chat_format import BATCH, ChatFormat, Encoded, encode
-from finetune.conversation import DEFAULT_SYSTEM_PROMPT, Conversation, Example
+from finetune.conversation import DEFAULT_SYSTEM_PROMPT, Conversation, Example, PlainText
 from finetune.fitting import LongPolicy, fit
+from finetune.formats import ReadyRow
 from finetune.packing import BestFitRows, PackedRows, Part, Rows
 from finetune.recipe import SourceSettings, epochs_of, repeated
-from finetune.sources import ReadyRow, read_examples
+from finetune.sources import read_examples
 from finetune.store import ExampleStore
 from finetune.templates import TEMPLATE_FILE
 
@@ -112,8 +113,14 @@ def prepare(
         for file in partial.glob(".*"):
             file.unlink()
         if not written["train"]["trained_tokens"]:
+            if written[VALID]["trained_tokens"]:
+                raise InputError(
+                    f"--valid {options.valid:g} holds out every conversation: give more data, or a smaller share"
+                )
+            named = ", ".join(str(source.path) for source in sources)
             raise InputError(
-                f"{sources[0].path}: no assistant token to train on in the whole data: is it the right file?"
+                f"{named}: no assistant token to train on in the whole data ({_found(statistics)}): are these the "
+                "right files, and the answers' weights not all 0?"
             )
         if not written[VALID]["rows"]:
             shutil.rmtree(partial / VALID, ignore_errors=True)
@@ -126,6 +133,14 @@ def prepare(
         if faults.faults:
             _write_rejects(partial / REJECTS_FILE, faults.faults)
     return report
+
+
+def _found(statistics: Sequence[dict[str, Any]]) -> str:
+    """What was read and what became of it, in a few words."""
+    total = Counter[str]()
+    for each in statistics:
+        total.update({key: value for key, value in each.items() if key not in ("path", "epochs")})
+    return ", ".join(f"{count:,} {key.replace('_', ' ')}" for key, count in total.items() if count) or "no records"
 
 
 def _settings(tokenizer: Tokenizer, options: PrepareOptions) -> dict[str, Any]:
@@ -213,15 +228,13 @@ def _read_source(
                     kept.append((record, example))
             documents = encode([example for _, example in kept], tokenizer, options.chat_format)
             for (record, example), whole in zip(kept, documents, strict=True):
+                side = sides[_share(example, options.seed) < options.valid]
                 for document in fit(example, whole, encode_one, options.max_seq_length, options.long_policy, counts):
                     digest = blake2b(document.ids.tobytes(), digest_size=16).digest()
                     if options.dedup and digest in seen:
                         counts["duplicates"] += 1
                         continue
                     seen.add(digest)
-                    # By its content: equal conversations fall on the same side, whatever the order of the files.
-                    share = int.from_bytes(blake2b(digest, key=str(options.seed).encode()).digest()[:8]) / 2**64
-                    side = sides[1] if share < options.valid else sides[0]
                     side.store.append(document)
                     side.origin.append((number, len(files) - 1, record))
                     counts["tokens"] += len(document.ids)
@@ -231,6 +244,13 @@ def _read_source(
     if len(faults.faults) > rejected:
         found["rejected"] = len(faults.faults) - rejected
     return {"path": str(source.path), **found}
+
+
+def _share(example: Example, seed: int) -> float:
+    """A number from 0 to 1 by what is said: equal conversations get the same one, whatever their system prompt, place
+    and template, and so do all pieces of a long one. That keeps what is held out apart from what is trained."""
+    said = [example.text] if isinstance(example, PlainText) else [t.text for t in example.turns if t.role != "system"]
+    return int.from_bytes(blake2b("\0".join(said).encode(), digest_size=8, key=str(seed).encode()).digest()) / 2**64
 
 
 def _keep_ready(

@@ -1,53 +1,22 @@
 """Read training examples from the files that people have.
 
-A record's keys say which format it is in:
-
-    {"prompt": ..., "completion": ...}                          prompt/completion pair ("system" may stand beside)
-    {"instruction": ..., "input": ..., "output": ...}           Alpaca ("input" and "system" may be absent or empty)
-    {"messages": [{"role": ..., "content": ...}, ...]}          OpenAI ("weight": 0 keeps an answer from being trained)
-    {"conversations": [{"from": ..., "value": ...}, ...]}       ShareGPT ("system" may stand beside)
-    {"text": ...}                                               plain text, trained whole
-    {"token_ids": ..., "loss_mask": ..., "label_ids": ...}      a row that is processed already
-
 `.jsonl` holds one record a line, `.json` an array of them, `.parquet` one a row; the first two also gzipped or zstd'ed.
-A `.txt` file is one plain text. Other keys of a record are left alone.
+A `.txt` file is one plain text. What a record says: formats.py.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from data_prep.errors import InputError
 from data_prep.sources import JSON_SUFFIXES, LINES_SUFFIXES, Fault, FaultPolicy
 from data_prep.streams import open_bytes
-from finetune.conversation import Conversation, Example, PlainText, Role, Turn
-
-ROLES: dict[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-}
-
-Record = dict[str, Any]
-
-
-class ReadyRow(NamedTuple):
-    """A processed row, int32 (3, s): tokens, loss mask, labels."""
-
-    planes: np.ndarray
+from finetune.conversation import Example
+from finetune.formats import ReadyRow, to_example
 
 
 class Located(NamedTuple):
@@ -72,14 +41,25 @@ def read_examples(path: Path, faults: FaultPolicy) -> Iterator[Read]:
     turns in an order that no chat format can express, or an empty user turn.
 
     Raises:
-        InputError: with file, line and field, at a file that cannot be read on, and at a bad record unless `faults`
+        InputError: with file, line and field, at a bad record and at a file that cannot be read on, unless `faults`
             says "skip".
     """
-    for number, place, record in read_records(path):
-        try:
-            yield Read(number, to_example(record))
-        except InputError as error:
-            faults(Fault(str(path), place, str(error)))
+    number = -1
+    try:
+        for number, place, record in read_records(path):
+            try:
+                if isinstance(record, _Unparsed):
+                    raise InputError(f"{record.reason}: repair or remove it")
+                example = to_example(record)
+            except InputError as error:
+                faults(Fault(str(path), place, str(error)))
+            else:
+                yield Read(number, example)
+    except InputError as error:  # with "skip" that is the file, not a record
+        if faults.on_error == "stop":
+            raise
+        reason = str(error).removeprefix(str(path)).lstrip(": ")
+        faults(Fault(str(path), f"after record {number + 1}", f"{reason}; the rest is left out"))
 
 
 def read_records(path: Path) -> Iterator[Located]:
@@ -199,150 +179,3 @@ def _parquet(path: Path) -> Iterator[Located]:
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: is not a whole parquet file ({reason}): fetch it again") from None
-
-
-def to_example(record: Any) -> Example | ReadyRow:
-    """One record of any format.
-
-    Raises:
-        InputError: naming the field (the caller adds file and line).
-    """
-    if isinstance(record, dict):
-        if all(key in record for key in _ROW_KEYS):
-            return _ready_row(record)
-        if "text" in record and not any(all(key in record for key in keys) for keys in FORMATS):
-            text = _text(record, "text")
-            if not text.strip():
-                raise InputError("field 'text' is empty: fill it or drop the record")
-            return PlainText(text)
-    return to_conversation(record)
-
-
-def to_conversation(record: Any) -> Conversation:
-    """One record of any of the conversation formats.
-
-    Raises:
-        InputError: naming the field (the caller adds file and line).
-    """
-    if isinstance(record, _Unparsed):
-        raise InputError(f"{record.reason}: repair or remove it")
-    if not isinstance(record, dict):
-        raise InputError(f"a record must be an object, not {_kind(record)}")
-    for keys, convert in FORMATS.items():
-        if all(key in record for key in keys):
-            conversation = Conversation(tuple(convert(record)))
-            break
-    else:
-        known = "; ".join(" + ".join(keys) for keys in (*FORMATS, ("text",), _ROW_KEYS))
-        raise InputError(
-            f"unknown format with the fields {', '.join(map(str, record)) or '(none)'}: expected one of {known}"
-        )
-    for number, turn in enumerate(conversation.turns):
-        if turn.role == "user" and not turn.text.strip():
-            raise InputError(f"turn {number}: the user's text is empty: fill it or drop the record")
-    return conversation
-
-
-def _pair(record: Record) -> Iterator[Turn]:
-    yield from _system(record)
-    yield Turn("user", _text(record, "prompt"))
-    yield Turn("assistant", _text(record, "completion"))
-
-
-def _alpaca(record: Record) -> Iterator[Turn]:
-    yield from _system(record)
-    instruction, context = _text(record, "instruction"), _text(record, "input", optional=True)
-    yield Turn("user", f"{instruction}\n{context}" if context else instruction)
-    yield Turn("assistant", _text(record, "output"))
-
-
-def _messages(record: Record) -> Iterator[Turn]:
-    yield from _turns(record, "messages", role_key="role", text_key="content")
-
-
-def _sharegpt(record: Record) -> Iterator[Turn]:
-    turns = list(_turns(record, "conversations", role_key="from", text_key="value"))
-    if turns[0].role != "system":
-        yield from _system(record)
-    yield from turns
-
-
-FORMATS: dict[tuple[str, ...], Callable[[Record], Iterator[Turn]]] = {
-    ("messages",): _messages,
-    ("conversations",): _sharegpt,
-    ("prompt", "completion"): _pair,
-    ("instruction", "output"): _alpaca,
-}
-_ROW_KEYS = ("token_ids", "loss_mask", "label_ids")
-
-
-def _ready_row(record: Record) -> ReadyRow:
-    try:
-        planes = np.array([record[key] for key in _ROW_KEYS])
-    except ValueError:
-        planes = np.empty(0)
-    if planes.ndim != 2 or planes.dtype.kind not in "iu" or not planes.shape[1]:
-        raise InputError(f"{', '.join(_ROW_KEYS)} must be lists of integers, all of one length")
-    if planes.min() < 0 or planes.max() >= 1 << 30:
-        raise InputError("token_ids and label_ids must be ids of a vocabulary: process the row again")
-    if not ((planes[1] == 0) | (planes[1] == 1)).all():
-        raise InputError("field 'loss_mask' holds other numbers than 0 and 1")
-    return ReadyRow(planes.astype(np.int32))
-
-
-def _system(record: Record) -> Iterator[Turn]:
-    if text := _text(record, "system", optional=True):
-        yield Turn("system", text)
-
-
-def _turns(record: Record, field: str, *, role_key: str, text_key: str) -> Iterator[Turn]:
-    turns = record[field]
-    if not isinstance(turns, list) or not turns:
-        raise InputError(f"field '{field}' must be a list of turns, not {_kind(turns)}")
-    for number, turn in enumerate(turns):
-        place = f"{field}[{number}]"
-        if not isinstance(turn, dict):
-            raise InputError(f"field '{place}' must be an object, not {_kind(turn)}")
-        role = _text(turn, role_key, place=f"{place}.")
-        if role not in ROLES:
-            raise InputError(f"field '{place}.{role_key}': unknown role '{role}': use one of {', '.join(ROLES)}")
-        yield Turn(ROLES[role], _text(turn, text_key, place=f"{place}."), trained=_weight(turn, place))
-
-
-def _weight(turn: Record, place: str) -> bool:
-    """OpenAI's per-message weight: 0 or 1."""
-    weight = turn.get("weight")
-    if weight is None:
-        return True
-    if isinstance(weight, bool) or weight not in (0, 1):
-        raise InputError(f"field '{place}.weight' must be 0 or 1, not {json.dumps(weight)}: a loss mask knows no other")
-    return bool(weight)
-
-
-def _text(record: Record, field: str, *, optional: bool = False, place: str = "") -> str:
-    value = record.get(field)
-    if optional and value is None:
-        return ""
-    if field not in record:
-        raise InputError(f"field '{place}{field}' is missing")
-    if isinstance(value, list) and value and all(_is_text_part(part) for part in value):
-        value = "".join(part["text"] for part in value)
-    if not isinstance(value, str):
-        raise InputError(f"field '{place}{field}' must be text, not {_kind(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"field '{place}{field}' holds half of a surrogate pair: repair the text") from None
-    return value
-
-
-def _is_text_part(part: Any) -> bool:
-    """OpenAI also writes a content as a list of parts; those of text say the same as a string."""
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, list) and not value:
-        return "an empty list"
-    names = {dict: "an object", list: "a list", str: "text", bool: "true/false", int: "a number", float: "a number"}
-    return names.get(type(value), "null")

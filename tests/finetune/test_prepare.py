@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from data_prep.errors import InputError
 from data_prep.sequences import SequenceFile, sequence_files
 from finetune.chat_format import ChatFormat
+from finetune.commands import report
 from finetune.prepare import PrepareOptions, prepare
 from finetune.recipe import SourceSettings, parse_source, read_recipe
 from finetune.show import show, write_html
@@ -83,6 +85,67 @@ def test_validation_is_by_conversation_and_stays_with_its_content(tmp_path: Path
     assert 20 < len(held) < 60
     assert held <= {text for text, _, _ in documents(tmp_path / "two/valid", tokenizer)}
     assert trained <= {text for text, _, _ in documents(tmp_path / "two", tokenizer)}
+
+
+def test_nothing_held_out_is_trained_in_another_guise(tmp_path: Path, tokenizer) -> None:
+    """Pieces of one long conversation, and one conversation under two system prompts, are on one side.
+
+    Planted: sides drawn by the encoded piece -> both kinds are on both sides, fails.
+    """
+    chats = [
+        {"messages": [turn for k in range(6) for turn in exchange(f"word{i} {k}", f"word{i} " + "and so on " * 4)]}
+        for i in range(40)
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    sources = [SourceSettings(tmp_path / "chats.jsonl", system=system) for system in ("", "Be brief.")]
+    options = replace(BEST_FIT, long="split", valid=0.5)
+    facts = prepare(sources, tmp_path / "rows", tokenizer, options)
+    assert [each["split"] for each in facts["sources"]] == [40, 40]
+    held = {number for _, _, number in documents(tmp_path / "rows/valid", tokenizer)}
+    trained = {number for _, _, number in documents(tmp_path / "rows", tokenizer)}
+    assert facts["train"]["documents"] + facts["valid"]["documents"] > 5 * 40
+    assert len(held | trained) == 40
+    assert not held & trained
+    assert 8 < len(held) < 32
+
+
+def exchange(asked: str, answered: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+
+
+@pytest.mark.parametrize(
+    ("packing", "long", "counts", "chats"),
+    [
+        ("concatenate", None, {}, 4),
+        ("concatenate", "truncate", {"truncated": 1, "dropped": 1, "split": 1}, 3),
+        ("best-fit", None, {"truncated": 1, "dropped": 1, "split": 1}, 3),
+        ("best-fit", "split", {"split": 2, "dropped": 1, "dropped_exchanges": 1}, 6),
+        ("best-fit", "drop", {"dropped": 2, "split": 1}, 2),
+    ],
+)
+def test_long_conversations_are_counted(
+    tmp_path: Path, tokenizer, capsys: pytest.CaptureFixture[str], packing, long, counts: dict[str, int], chats: int
+) -> None:
+    """Two short ones and a repetition; one of too many turns, one of a too long answer; a long text."""
+    long_turns = [turn for k in range(4) for turn in exchange(f"ask {k}", "so " * 20)]
+    records = [{"messages": exchange("ask", f"say {k}")} for k in (0, 1, 1)]
+    records += [{"messages": long_turns}, {"messages": exchange("tell", "on " * 200)}, {"text": "la " * 80}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    options = replace(BEST_FIT, packing=packing, long=long)
+    facts = prepare([SourceSettings(tmp_path / "a.jsonl")], tmp_path / "rows", tokenizer, options)
+    (source,) = facts["sources"]
+    known = ("truncated", "split", "dropped", "dropped_exchanges")
+    assert {key: source[key] for key in known if key in source} == counts
+    assert (source["conversations"], source["texts"], source["duplicates"]) == (5, 1, 1)
+    # Pieces of a text overlap by a token, so that each is a label once.
+    text = 2 + len(tokenizer.encode("la " * 80))
+    assert facts["train"]["documents"] == chats + (
+        1 if long is None and packing == "concatenate" else -(-(text - 1) // 63)
+    )
+    report(facts, tmp_path / "rows")
+    said = capsys.readouterr().out.splitlines()[0]
+    for key, count in {**counts, "duplicates": 1}.items():
+        assert f"{count} {key.replace('_', ' ')}" in said
 
 
 def test_epochs_weights_and_repetitions(tmp_path: Path, tokenizer) -> None:

@@ -21,6 +21,13 @@ RECORDS: list[tuple[dict[str, Any], tuple[Turn, ...]]] = [
     ({"system": "Be brief.", "prompt": "Add 1 and 2", "completion": "3"}, WITH_SYSTEM),
     ({"instruction": "Add 1 and 2", "input": "", "output": "3"}, TURNS),
     ({"instruction": "Add 1 and 2", "output": "3"}, TURNS),
+    ({"instruction": "Add 1 and 2", "response": "3", "category": "sums"}, TURNS),
+    ({"prompt": "Add 1 and 2", "response": "3", "text": "not read"}, TURNS),
+    ({"conversations": [{"role": "user", "content": "Add 1 and 2"}, {"role": "assistant", "content": "3"}]}, TURNS),
+    (
+        {"system": "Be brief.", "messages": [{"from": "human", "value": "Add 1 and 2"}, {"from": "gpt", "value": "3"}]},
+        WITH_SYSTEM,
+    ),
     ({"instruction": "Add", "input": "1 and 2", "output": "3"}, (Turn("user", "Add\n1 and 2"), Turn("assistant", "3"))),
     (
         {
@@ -79,7 +86,7 @@ GOOD = '{"prompt": "p", "completion": "c"}'
         ('{"question": "p"}', "unknown format with the fields question"),
         ('{"prompt": "p", "completion": null}', "field 'completion' must be text, not null"),
         ('{"prompt": 3, "completion": "c"}', "field 'prompt' must be text, not a number"),
-        ('{"prompt": " ", "completion": "c"}', "turn 0: the user's text is empty"),
+        ('{"prompt": " ", "completion": "c"}', "field 'prompt': the user's text is empty"),
         ('{"prompt": "p\\ud800", "completion": "c"}', "field 'prompt' holds half of a surrogate pair"),
         ('{"messages": []}', "field 'messages' must be a list of turns, not an empty list"),
         ('{"messages": ["hi"]}', "field 'messages[0]' must be an object, not text"),
@@ -92,11 +99,11 @@ GOOD = '{"prompt": "p", "completion": "c"}'
         ('{"token_ids": [1], "loss_mask": [1, 1], "label_ids": [1]}', "must be lists of integers, all of one length"),
         (
             '{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}',
-            "turn 1: the user speaks twice in a row",
+            "field 'messages[1]': the user speaks twice in a row",
         ),
         (
             '{"messages": [{"role": "assistant", "content": "x"}, {"role": "system", "content": "y"}]}',
-            "turn 1: a system turn after the first",
+            "field 'messages[1]': a system turn after the first",
         ),
     ],
 )
