@@ -176,6 +176,8 @@ def _line_documents(path: str, lines: Iterator[tuple[int, bytes]], faults: Fault
     for number, line in lines:
         if number == 0:
             line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line:  # an empty file with a byte-order mark
+                continue
         record, reason = parse_record(line)
         text, reason = (None, reason) if reason else _text_of(record, key)
         if text is None:
