@@ -140,6 +140,7 @@ class ParallelConfig:
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
     recompute: Literal["none", "selective", "full"] = "none"
 
     @property

@@ -27,6 +27,7 @@ from megatron.crystalcoder.model.isolation import turn_by_given_positions
 from megatron.crystalcoder.model.kernels.fp8 import check_fp8
 from megatron.crystalcoder.model.kernels.loss import cross_entropy
 from megatron.crystalcoder.model.kernels.rotary import RotaryTable
+from megatron.crystalcoder.model.layer import await_parameters
 from megatron.crystalcoder.model.layer_spec import CoreConfig, crystalcoder_block_spec
 
 
@@ -142,6 +143,7 @@ class CrystalCoderGPT(GPTModel):
                 hidden_sbh = copy_to_tensor_model_parallel_region(hidden_sbh, group=group)
         s, b, h = hidden_sbh.shape
         tied = self.share_embeddings_and_output_weights
+        await_parameters(self.output_layer)
         losses_t = cross_entropy(
             hidden_sbh.reshape(s * b, h),
             self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,

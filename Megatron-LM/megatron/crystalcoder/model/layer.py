@@ -44,6 +44,7 @@ class FusedLayer(TransformerLayer):
         attended = self._attend(self.input_layernorm(x_sbh), rotary_pos_emb, attention_mask)
         norm = self.pre_mlp_layernorm
         if "norm" in self.fusions:
+            await_parameters(norm)
             x_sbh, normed = add_norm(x_sbh, *attended, norm.weight, norm.bias, norm.eps, compiled=self.compiled)
         else:
             x_sbh = _added(x_sbh, *attended)
@@ -73,6 +74,15 @@ class FusedLayer(TransformerLayer):
             return self.mlp.linear_fc2(swiglu(both, compiled=self.compiled))
         gate, linear = both.chunk(2, dim=-1)
         return self.mlp.linear_fc2(torch.nn.functional.silu(gate) * linear)
+
+
+def await_parameters(module: torch.nn.Module) -> None:
+    """What calling `module` would do before its forward pass: wait for weights that other ranks are still sending.
+
+    For whoever uses a module's weights without calling it.
+    """
+    for hook in module._forward_pre_hooks.values():
+        hook(module, ())
 
 
 def _added(residual: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:

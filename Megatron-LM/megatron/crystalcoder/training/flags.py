@@ -237,7 +237,6 @@ def _add_parallel(group: Any) -> None:
     group.add_argument(
         "--use-distributed-optimizer", action="store_true", help="shard Adam's state over data parallelism"
     )
-    group.add_argument("--overlap-grad-reduce", action="store_true", help="reduce gradients during the backward pass")
     group.add_argument(
         "--recompute-granularity", choices=("selective", "full"), help="recompute activations, to save memory"
     )
@@ -372,7 +371,6 @@ def _parallel(flags: argparse.Namespace, checkpoint: Checkpoint | None) -> Paral
         pipeline_model_parallel_size=pp,
         sequence_parallel=flags.sequence_parallel and tp > 1,
         use_distributed_optimizer=flags.use_distributed_optimizer,
-        overlap_grad_reduce=flags.overlap_grad_reduce,
         recompute=flags.recompute_granularity or "none",
     )
 

@@ -21,6 +21,7 @@ from megatron.crystalcoder import platform
 from megatron.crystalcoder.checkpoint.load import load_weights
 from megatron.crystalcoder.checkpoint.weights import WeightSource
 from megatron.crystalcoder.data.loader import micro_batches, open_data
+from megatron.crystalcoder.data.prefetch import prefetched
 from megatron.crystalcoder.model.gpt import build_model
 from megatron.crystalcoder.training.accounting import Accounting, open_account
 from megatron.crystalcoder.training.best_checkpoint import BestCheckpoint
@@ -33,7 +34,7 @@ from megatron.crystalcoder.training.profiling import StepProfiler
 from megatron.crystalcoder.training.resume import Progress, Start, find_start
 from megatron.crystalcoder.training.run_state import load_run, save_run
 from megatron.crystalcoder.training.schedules import learning_rate
-from megatron.crystalcoder.training.step import start_step
+from megatron.crystalcoder.training.step import num_micro_batches, start_step
 from megatron.crystalcoder.training.step_reader import StepReader, reads_late
 
 # The exit code of a program that a SIGTERM ended, by the shells' convention.
@@ -85,6 +86,8 @@ def train(
         isolate_documents=config.data.isolate_documents,
         **this_rank,
     )
+    if platform.is_cuda():
+        data = prefetched(data, depth=2 * num_micro_batches(config), pin=True)
     if on_checkpoint is not None:
         on_checkpoint(progress, account)
     late = reads_late(config, optimizer)
@@ -108,6 +111,7 @@ def train(
             due = config.save_interval > 0 and progress.iteration % config.save_interval == 0
             if evaluates or due or reader.stop_requested or progress.iteration == config.train_iters:
                 reader.read_all()
+                gather_parameters(model)
             if evaluates:
                 losses = evaluate(model, evaluation_sets, config)
                 log.evaluation(progress.iteration, losses)
@@ -172,6 +176,7 @@ def build(config: TrainConfig, start: Start) -> tuple[DistributedDataParallel, M
         DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
             use_distributed_optimizer=parallel.use_distributed_optimizer,
         ),
         stage,
@@ -186,9 +191,16 @@ def build(config: TrainConfig, start: Start) -> tuple[DistributedDataParallel, M
     return model, optimizer
 
 
+def gather_parameters(model: DistributedDataParallel) -> None:
+    """Have every rank's updated weights here, where otherwise the next training step's forward pass gathers them."""
+    if model.ddp_config.overlap_param_gather:
+        model.start_param_sync(force_sync=True)
+
+
 @torch.no_grad()
 def parameters_norm(model: DistributedDataParallel) -> Tensor:
     """L2 norm of all parameters of the model, each counted once whatever the layout; fp64 ()."""
+    gather_parameters(model)
     total = torch.zeros((), dtype=torch.float64, device=platform.device())
     for parameter in model.parameters():
         if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter):

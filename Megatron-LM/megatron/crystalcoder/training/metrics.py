@@ -131,7 +131,7 @@ class MetricsLog:
         peak = platform.peak_flops() if given is None else given * 1e12
         if peak is None:
             return None
-        achieved = tokens_per_second * flops_per_token(self.config.model, self.config.seq_length)
+        achieved = tokens_per_second * flops_per_token(self.config.model.unpadded, self.config.seq_length)
         return achieved / (peak * dist.get_world_size())
 
     def _log_line(self, line: dict[str, Any]) -> str:

@@ -58,6 +58,7 @@ def build_optimizer(
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather,
     )
     optimizer = get_megatron_optimizer(config, [model], config_overrides=_group_overrides(settings))
     for adam in _adams(optimizer):

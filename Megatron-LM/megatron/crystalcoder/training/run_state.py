@@ -15,9 +15,12 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +146,33 @@ def code_version() -> str:
 def _save_torch_dist(folder: Path, state: dict[str, Any], model: Any, optimizer: Any) -> None:
     sharded = trained_state(model.module)
     state["model"] = sharded
-    state["optimizer"] = optimizer.sharded_state_dict(sharded, metadata=_SHARDING)
+    with _indices_without_padding(optimizer):
+        state["optimizer"] = optimizer.sharded_state_dict(sharded, metadata=_SHARDING)
     state["rng_state"] = _sharded_rng(_rng())
     dist_checkpointing.save(state, str(folder), content_metadata=_SHARDING)
+
+
+@contextmanager
+def _indices_without_padding(optimizer: Any) -> Iterator[None]:
+    """Have the distributed optimizer's buffers say where parameters lie without the padding behind each bucket.
+
+    megatron-core 0.16 gathers a buffer's state without that padding, and then cuts it at the places with it: from the
+    second bucket on (they come with --overlap-grad-reduce) each parameter would get its neighbour's numbers.
+    """
+    buffers = [buffer for single in optimizer.chained_optimizers for buffer in getattr(single, "buffers", [])]
+    indices = [buffer.param_index_map for buffer in buffers]
+    for buffer in buffers:
+        padding = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
+        before = [0, *accumulate(padding)]
+        buffer.param_index_map = {
+            parameter: (start - before[bucket], end - before[bucket], bucket)
+            for parameter, (start, end, bucket) in buffer.param_index_map.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, index in zip(buffers, indices, strict=True):
+            buffer.param_index_map = index
 
 
 def _load_torch_dist(folder: Path, start: Start, model: Any, optimizer: Any) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from data_prep.errors import InputError
-from megatron.crystalcoder.model.config import ModelConfig
+from megatron.crystalcoder.model.config import ModelConfig, ParallelConfig
 from megatron.crystalcoder.model.fusions import FUSIONS, Compile, Fp8, Speed, parse_fusions
 from megatron.crystalcoder.training.config import ProfileSettings, TrainConfig
 
@@ -47,6 +47,16 @@ def add_speed_arguments(group: Any) -> None:
         "--loss-chunk", type=int, default=0, metavar="TOKENS", help="tokens whose fp32 logits exist at a time; 0: auto"
     )
     group.add_argument(
+        "--overlap-grad-reduce",
+        action="store_true",
+        help="reduce gradients over data-parallel ranks during the backward pass",
+    )
+    group.add_argument(
+        "--overlap-param-gather",
+        action="store_true",
+        help="with the distributed optimizer: gather its updated weights during the next forward pass",
+    )
+    group.add_argument(
         "--read-losses",
         choices=("auto", "now", "late"),
         default="auto",
@@ -77,10 +87,20 @@ def with_speed_flags(config: TrainConfig, options: argparse.Namespace) -> TrainC
         config,
         model=_padded(config, options.ffn_multiple_of),
         speed=Speed(parse_fusions(options.fusions), options.compile, options.loss_chunk, options.fp8),
+        parallel=_overlapped(config.parallel, options),
         read_losses=options.read_losses,
         profile=_profile(options.profile, profile_dir, options.profile_ranks or "0") if options.profile else None,
         peak_tflops=options.peak_tflops,
     )
+
+
+def _overlapped(parallel: ParallelConfig, options: argparse.Namespace) -> ParallelConfig:
+    gathers = options.overlap_param_gather
+    if gathers and not (parallel.use_distributed_optimizer and options.overlap_grad_reduce):
+        raise InputError(
+            "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce: add them, or drop it"
+        )
+    return replace(parallel, overlap_grad_reduce=options.overlap_grad_reduce, overlap_param_gather=gathers)
 
 
 def _padded(config: TrainConfig, multiple: int) -> ModelConfig:
