@@ -84,10 +84,13 @@ def tokenize_like_reference(
     Raises:
         InputError: bad input, with file and place.
     """
-    vocab_size = _backend(options.encoder_file).get_vocab_size()
+    backend = _backend(options.encoder_file)
+    vocab_size = backend.get_vocab_size()
     for name, number in (("eos_id", options.eos_id), ("pad_id", options.pad_id)):
         if not 0 <= number < vocab_size:
             raise InputError(f"--{name} {number}: {options.encoder_file} has the ids 0 to {vocab_size - 1}")
+    if (named := backend.token_to_id("</s>")) not in (None, options.eos_id):
+        print(f"note: eos_id {options.eos_id}: in {options.encoder_file} </s> is {named}")
     for path in files:
         if not Path(path).is_file():
             raise InputError(f"{path}: no such file (is it in --metadata_files?)")

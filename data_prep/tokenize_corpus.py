@@ -98,7 +98,12 @@ def tokenize_corpus(
     """
     tokenizer = load_tokenizer_once(options.tokenizer)
     if options.eos_id not in (None, tokenizer.eos_id):
-        raise InputError(f"eos_id {options.eos_id}: in {tokenizer.path} </s> is {tokenizer.eos_id}")
+        raise InputError(f"--eos_id {options.eos_id}: in {tokenizer.path} </s> is {tokenizer.eos_id}")
+    pad = options.pad_id
+    if pad is not None and not 0 <= pad < tokenizer.vocab_size and pad != tokenizer.fim_ids.pad:
+        raise InputError(f"--pad_id {pad}: {tokenizer.path} has the ids 0 to {tokenizer.vocab_size - 1}")
+    if options.fim:
+        tokenizer.fim_ids  # noqa: B018 - if they are not complete, it stops here and not in a worker
     sources = discover(inputs, options.text_suffixes)
     found = replace(options, tokenizer=str(tokenizer.path))
     groups = list(group_by_size(sources, options.shard_bytes))

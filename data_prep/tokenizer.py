@@ -102,16 +102,19 @@ class Tokenizer:
 
     @cached_property
     def fim_ids(self) -> FimIds:
-        """The fill-in-the-middle ids, by name; a vocabulary without them gets them after its last id, as LLaMA does."""
+        """The fill-in-the-middle ids, by name; a vocabulary without them gets them after its last id, as LLaMA does.
 
-        def identify(position: int) -> int:
-            name = CODE_TOKENS[position]
-            for spelling in (f"<|{name}|>", f"<{name}>"):
-                if spelling in self.controls:
-                    return self.controls[spelling]
-            return self.vocab_size + position
-
-        return FimIds(*map(identify, range(4)))
+        Raises:
+            InputError: it has some of them only.
+        """
+        names = CODE_TOKENS[:4]
+        spelled = [[self.controls.get(f"<|{name}|>"), self.controls.get(f"<{name}>")] for name in names]
+        found = [next((number for number in numbers if number is not None), None) for numbers in spelled]
+        if all(number is None for number in found):
+            return FimIds(*range(self.vocab_size, self.vocab_size + 4))
+        if missing := [name for name, number in zip(names, found, strict=True) if number is None]:
+            raise InputError(f"{self.path}: has FIM tokens, but no {', '.join(missing)}: add them to its added_tokens")
+        return FimIds(*(number for number in found if number is not None))
 
     def encode(self, text: str) -> list[int]:
         """Ids of a whole text: no begin, no end, no control tokens; "" gives []."""
@@ -224,6 +227,8 @@ class _JsonEncoder:
 
 def _load_json(path: Path) -> Tokenizer:
     definition = orjson.loads(path.read_bytes())
+    if not (isinstance(definition, dict) and isinstance(definition.get("model"), dict)):
+        raise InputError(f"{path}: is JSON, but no tokenizer.json: it has no `model`")
     model = definition["model"]
     _require_llama_kind(path, definition)
     if model["type"] == "BPE":
