@@ -42,7 +42,7 @@ def download(corpus: str, out: Path, include: Sequence[str] = (), revision: str 
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file: --out names a folder")
     repository = CORPORA[corpus]
-    with _told_in_one_line(repository, revision):
+    with told_in_one_line(repository, revision, f"https://huggingface.co/datasets/{repository}"):
         # Here, not above: the import takes a second.
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.hf_api import RepoFile
@@ -95,11 +95,10 @@ def _check_space(out: Path, sizes: dict[str, int]) -> None:
 
 
 @contextmanager
-def _told_in_one_line(repository: str, revision: str) -> Iterator[None]:
-    """Say what the library's exceptions mean to someone who downloads."""
+def told_in_one_line(repository: str, revision: str, page: str) -> Iterator[None]:
+    """Say what the library's exceptions mean to someone who downloads. page: the repository's, for people."""
     from huggingface_hub import errors
 
-    page = f"https://huggingface.co/datasets/{repository}"
     access = f"accept its terms at {page}, then set HF_TOKEN to a token of that account"
     try:
         yield

@@ -38,7 +38,11 @@ class DType(enum.StrEnum):
 def convert(
     context: typer.Context,
     source: Annotated[
-        Path | None, typer.Option("--from", help="Hugging Face or Megatron checkpoint; its format is found out")
+        str | None,
+        typer.Option(
+            "--from",
+            help="checkpoint of any format (it is found out), or a model on the hub: OWNER/NAME[@REVISION]",
+        ),
     ] = None,
     target: Annotated[Path | None, typer.Option("--to", help="directory to write; must not exist yet")] = None,
     format: Annotated[
@@ -88,12 +92,12 @@ def convert(
         raise InputError("crystalcoder convert needs --from CHECKPOINT and --to DIRECTORY")
     from megatron.crystalcoder.checkpoint.convert import DTYPES, convert
     from megatron.crystalcoder.checkpoint.hf_config import resolve_hf_config_path
-    from megatron.crystalcoder.checkpoint.open import open_checkpoint
+    from megatron.crystalcoder.checkpoint.hub import open_source
 
     chosen: Any = format.value if format else None
     if chosen is None:
         # Going to Megatron, staying there at another layout, or going back.
-        chosen = "torch" if open_checkpoint(source).format == "hf" or tp or pp or vpp or pp_layers else "hf"
+        chosen = "torch" if tp or pp or vpp or pp_layers or open_source(source).format == "hf" else "hf"
     if chosen == "hf" and (tp or pp or vpp or pp_layers or release or make_vocab_size_divisible_by != 1):
         raise InputError(
             "--tp, --pp, --vpp, --pp-layers, --release and --make-vocab-size-divisible-by lay out a Megatron "
@@ -136,10 +140,10 @@ def inspect(
 ) -> None:
     """Tell what a checkpoint is, from its headers: format, layout, iteration, sizes, muP constants, dtypes, tensors."""
     from megatron.crystalcoder.checkpoint.diff import tensors_of
-    from megatron.crystalcoder.checkpoint.open import open_checkpoint
+    from megatron.crystalcoder.checkpoint.hub import open_source
 
-    checkpoint = open_checkpoint(directory)
-    config, stored = checkpoint.config, tensors_of(checkpoint)
+    checkpoint = open_source(directory)
+    config, stored = checkpoint.config, tensors_of(checkpoint).stored
     own = config.unpadded
     facts: dict[str, Any] = {"format": checkpoint.format, "parameters": f"{own.num_parameters:,}"}
     if checkpoint.layout is not None:
@@ -183,13 +187,13 @@ def diff(
     """Compare two checkpoints tensor by tensor. Exit code 0: equal bit for bit; 1: they differ; 2: cannot be read."""
     from megatron.crystalcoder.checkpoint.diff import config_differences, refuse_incomparable, tensors_of
     from megatron.crystalcoder.checkpoint.diff import diff as differences
-    from megatron.crystalcoder.checkpoint.open import open_checkpoint
+    from megatron.crystalcoder.checkpoint.hub import open_source
     from megatron.crystalcoder.checkpoint.progress import progress_bar
     from megatron.crystalcoder.checkpoint.transfer import default_workers
 
-    one, other = open_checkpoint(first), open_checkpoint(second)
+    one, other = open_source(first), open_source(second)
     refuse_incomparable(one, other)
-    stored = tensors_of(one)
+    stored = tensors_of(one).stored
     lines = [f"configuration: {line}" for line in config_differences(one, other)]
     with progress_bar(sum(entry.nbytes for entry in stored.values()), "comparing") as advance:
         found = list(differences(one, other, workers=workers or default_workers(), progress=advance))

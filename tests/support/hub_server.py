@@ -1,4 +1,4 @@
-"""A server on 127.0.0.1 that speaks as much of the Hugging Face hub's API as a dataset download needs."""
+"""A server on 127.0.0.1 that speaks as much of the Hugging Face hub's API as a download needs."""
 
 from __future__ import annotations
 
@@ -17,21 +17,27 @@ COMMIT = "1f" * 20
 
 @dataclass
 class Hub:
-    """One dataset repository and what happens to it.
+    """One repository and what happens to it.
 
     Attributes:
+        kind: `datasets` or `models`.
+        revisions: names that mean its one commit.
         token: if set, requests must bear it; others get what the hub says about a gated repository.
         break_after: paths whose next transfer breaks after so many bytes.
-        refused: paths whose content is answered with 500.
+        refused: paths whose content is answered with 500 (parts of it are sent).
+        held: paths whose content waits for an event.
         swapped: paths that are sent with other content than the tree says.
         transfers: (path, Range header or "", bytes sent) of each GET of a file.
     """
 
     repository: str
     files: dict[str, bytes]
+    kind: str = "datasets"
+    revisions: tuple[str, ...] = ("main",)
     token: str | None = None
     break_after: dict[str, int] = field(default_factory=dict)
     refused: set[str] = field(default_factory=set)
+    held: dict[str, threading.Event] = field(default_factory=dict)
     swapped: dict[str, bytes] = field(default_factory=dict)
     transfers: list[tuple[str, str, int]] = field(default_factory=list)
     url: str = ""
@@ -56,15 +62,19 @@ def serve(hub: Hub) -> Iterator[Hub]:
 
         def answer(self) -> None:
             path = unquote(urlsplit(self.path).path)
-            api, resolve = f"/api/datasets/{hub.repository}", f"/datasets/{hub.repository}/resolve/{COMMIT}/"
+            api = f"/api/{hub.kind}/{hub.repository}"
+            resolve = f"{'/datasets' * (hub.kind == 'datasets')}/{hub.repository}/resolve/{COMMIT}/"
             if hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
                 self.refuse(401, "GatedRepo")
-            elif path in (f"{api}/revision/main", f"{api}/revision/{COMMIT}"):
-                self.json({"id": hub.repository, "sha": COMMIT, "siblings": []})
+            elif path in [f"{api}/revision/{revision}" for revision in (*hub.revisions, COMMIT)]:
+                siblings = [{"rfilename": name, "size": len(data)} for name, data in hub.files.items()]
+                self.json({"id": hub.repository, "sha": COMMIT, "siblings": siblings})
             elif path.startswith(f"{api}/revision/"):
                 self.refuse(404, "RevisionNotFound")
             elif path == f"{api}/tree/{COMMIT}":
                 self.json([_entry(name, data) for name, data in hub.files.items()])
+            elif path.startswith("/api/") and not path.startswith(api):
+                self.refuse(404, "RepoNotFound")
             elif path.startswith(resolve) and path.removeprefix(resolve) in hub.files:
                 self.file(path.removeprefix(resolve))
             else:
@@ -86,23 +96,27 @@ def serve(hub: Hub) -> Iterator[Hub]:
 
         def file(self, name: str) -> None:
             data = hub.swapped.get(name, hub.files[name])
-            if self.command == "GET" and name in hub.refused:
-                return self.refuse(500, "")
             given = self.headers.get("Range", "")
-            start = int(given.removeprefix("bytes=").split("-")[0]) if given else 0
+            is_part = given and not given.endswith("-")  # of a header; a transfer that goes on wants all the rest
+            if self.command == "GET" and name in hub.refused and not is_part:
+                return self.refuse(500, "")
+            if self.command == "GET" and name in hub.held and not is_part:
+                hub.held[name].wait(10)
+            first, last = given.removeprefix("bytes=").split("-") if given else ("0", "")
+            start, end = int(first), min(int(last) + 1, len(data)) if last else len(data)
             self.send_response(206 if given else 200)
             self.send_header("X-Repo-Commit", COMMIT)
             self.send_header("ETag", f'"{hashlib.sha256(hub.files[name]).hexdigest()}"')
-            self.send_header("Content-Length", str(len(data) - start))
+            self.send_header("Content-Length", str(end - start))
             if given:
-                self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+                self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
             self.end_headers()
             if self.command == "HEAD":
                 return None
-            stop = hub.break_after.pop(name, len(data))
+            stop = end if is_part else hub.break_after.pop(name, end)
             hub.transfers.append((name, given, len(data[start:stop])))
             self.wfile.write(data[start:stop])
-            if stop < len(data):
+            if stop < end:
                 self.wfile.flush()
                 self.close_connection = True
             return None

@@ -18,7 +18,7 @@ from pathlib import Path
 from data_prep.errors import InputError, exits_on_bad_input
 from megatron.crystalcoder.checkpoint.convert import DTYPES, convert
 from megatron.crystalcoder.checkpoint.hf_config import resolve_hf_config_path
-from megatron.crystalcoder.checkpoint.open import open_checkpoint
+from megatron.crystalcoder.checkpoint.hub import open_source
 from megatron.crystalcoder.checkpoint.transfer import MAX_QUEUE_SIZE
 
 # Flags that belong to one loader or saver, as in the reference: given with another they are refused, not ignored.
@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     plugins = ["crystalcoder_hf", "megatron"]
     add("--loader", required=True, type=_plugin("loader_"), choices=plugins, help="format of the source")
     add("--saver", required=True, type=_plugin("saver_"), choices=plugins, help="format of the target")
-    add("--load-dir", required=True, type=Path, help="the source checkpoint's directory")
+    add("--load-dir", required=True, help="the source: a checkpoint's directory, or OWNER/NAME[@REVISION] on the hub")
     add("--save-dir", required=True, type=Path, help="the directory to write; must not exist yet")
     add("--dtype", choices=DTYPES, help="cast to this dtype (default: keep what is stored, so a round trip is exact)")
     add("--overwrite", action="store_true", help="replace --save-dir, once the new checkpoint is complete")
@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
                 f"--vocab-file {args.vocab_file}: has {vocab_size} tokens, not the {args.true_vocab_size} of "
                 "--true-vocab-size: drop one of the two"
             )
-    source = open_checkpoint(args.load_dir)
+    source = open_source(args.load_dir)
     if (source.format == "hf") != (args.loader == "crystalcoder_hf"):
         other = "crystalcoder_hf" if source.format == "hf" else "megatron"
         raise InputError(f"{args.load_dir}: is a {source.format} checkpoint: use --loader {other}")

@@ -13,6 +13,7 @@ import torch
 from data_prep.errors import InputError
 from megatron.crystalcoder.checkpoint.hf_config import from_hf, hf_values, packaged_directory, read_json
 from megatron.crystalcoder.checkpoint.hf_writer import write_json
+from megatron.crystalcoder.checkpoint.model_card import CARD
 from megatron.crystalcoder.checkpoint.open import Checkpoint
 from megatron.crystalcoder.model.config import ModelConfig
 
@@ -26,6 +27,7 @@ TOKENIZER_FILES = (
     _CHAT_TEMPLATE,
 )
 _GENERATION_CONFIG = "generation_config.json"
+COMPANIONS = ("config.json", _GENERATION_CONFIG, *TOKENIZER_FILES, CARD)
 
 
 def settle_config(checkpoint: Checkpoint, hf_config: Path | None) -> tuple[ModelConfig, dict[str, Any]]:

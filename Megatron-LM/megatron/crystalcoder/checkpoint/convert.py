@@ -27,6 +27,7 @@ from megatron.crystalcoder.checkpoint.directory import (
     write_tracker,
 )
 from megatron.crystalcoder.checkpoint.hf_writer import lay_out_hf
+from megatron.crystalcoder.checkpoint.hub import open_source
 from megatron.crystalcoder.checkpoint.layout import Layout, layout_args, make_layout
 from megatron.crystalcoder.checkpoint.logits import NUM_PROMPTS, compare_logits, refuse_other_logits
 from megatron.crystalcoder.checkpoint.megatron_args import to_args
@@ -50,7 +51,7 @@ _ITERATION = 1
 
 
 def convert(
-    source: Path,
+    source: Path | str,
     target: Path,
     *,
     format: TargetFormat,
@@ -72,7 +73,7 @@ def convert(
     max_queue_size: int = MAX_QUEUE_SIZE,
     report: Callable[[str], None] = print,
 ) -> None:
-    """Write the weights of `source` to the new directory `target`.
+    """Write the weights of `source`, a directory or a name on the hub, to the new directory `target`.
 
     tensor_parallel, pipeline_parallel, virtual_pipeline: of a Megatron target (default: the source's). `torch_dist`
     loads at any; there they are what training takes when it is not told otherwise. stage_layers: layers of each
@@ -88,7 +89,7 @@ def convert(
     Memory: about two of the largest tensors for each worker, whatever the model's size. Raises InputError and leaves
     nothing behind. A conversion that is killed goes on where it was when it is started again.
     """
-    checkpoint = open_checkpoint(source, true_vocab_size=true_vocab_size)
+    checkpoint = open_source(source, true_vocab_size=true_vocab_size)
     if checkpoint.adapter is not None:
         raise InputError(f"{source}: trained an adapter: `crystalcoder finetune export` merges it and writes it alone")
     config, template = settle_config(checkpoint, hf_config)
@@ -116,7 +117,7 @@ def convert(
     companions = companion_files(checkpoint, hf_config, tokenizer)
     report(f"{source}: {checkpoint.format}, {config.unpadded.num_parameters:,} parameters")
     job = {
-        "source": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in _source_files(checkpoint)],
+        "source": _identity(checkpoint),
         "target": [format, repr(layout), repr(config), {name: str(x) for name, x in dtypes.items()}, release],
     }
     with new_directory(target, overwrite=overwrite, job=job) as partial:
@@ -253,10 +254,13 @@ def _run_state(checkpoint: Checkpoint, args: argparse.Namespace) -> dict[str, An
     return {key: common[key] for key in ("optimizer", "opt_param_scheduler", "content_metadata") if key in common}
 
 
-def _source_files(checkpoint: Checkpoint) -> list[Path]:
-    """The files that the weights come from."""
+def _identity(checkpoint: Checkpoint) -> list[Any]:
+    """What tells these weights from others: the files they lie in. A name on the hub has its commit in the path."""
     blocks = (block for stored in checkpoint.weights.stored.values() for copy in stored.copies for block in copy)
-    return sorted({block.file.absolute() for block in blocks})
+    files = sorted({block.file.absolute() for block in blocks})
+    if checkpoint.is_remote:
+        return [str(file) for file in files]
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _refuse_full_disk(folder: Path, target: Path, needed: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from data_prep.errors import InputError
 from megatron.crystalcoder.checkpoint.blocks import Files, Scratch, Stored, read_rows, transposed_into
 from megatron.crystalcoder.checkpoint.hf_config import hf_values
 from megatron.crystalcoder.checkpoint.open import Checkpoint
-from megatron.crystalcoder.checkpoint.placement import combined
+from megatron.crystalcoder.checkpoint.placement import BlockWeights, combined
 from megatron.crystalcoder.checkpoint.torch_dist_reader import open_optimizer
 from megatron.crystalcoder.checkpoint.transfer import jobs_of
 
@@ -76,21 +76,25 @@ def diff(
     Raises InputError for files that cannot be read.
     """
     one, other = tensors_of(first), tensors_of(second)
-    names = [*one, *(name for name in other if name not in one)]
+    names = [*one.stored, *(name for name in other.stored if name not in one.stored)]
+
+    def compare(name: str) -> tuple[TensorDifference | None, int]:
+        return _compare(files, name, *(x.locate(name) if name in x.stored else None for x in (one, other)))
+
     with Files() as files, ThreadPoolExecutor(workers) as pool:
-        for found, nbytes in pool.map(lambda name: _compare(files, name, one.get(name), other.get(name)), names):
+        for found, nbytes in pool.map(compare, names):
             progress(nbytes)
             if found is not None:
                 yield found
 
 
-def tensors_of(checkpoint: Checkpoint) -> Mapping[str, Stored]:
+def tensors_of(checkpoint: Checkpoint) -> BlockWeights:
     """The logical tensors of the weights and, with its prefix, of optimizer state that is stored by parameters."""
     sets = {"": checkpoint.weights}
     if checkpoint.format == "torch_dist" and checkpoint.adapter is None:
         with suppress(InputError):  # stored by ranks: no state of a tensor to speak of
             sets |= open_optimizer(checkpoint.folder, checkpoint.config)
-    return combined(sets).stored
+    return combined(sets)
 
 
 def _compare(

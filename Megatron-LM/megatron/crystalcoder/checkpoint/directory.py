@@ -68,6 +68,10 @@ def write_tracker(save: Path, iteration: int | str) -> None:
     os.replace(partial, save / TRACKER)
 
 
+class Interrupted(InputError):
+    """What stopped the work is not in the input (a lost connection): the same job can go on from here."""
+
+
 @dataclass
 class PartialDirectory:
     """A directory on its way to becoming a target. is_laid_out: the same job, interrupted, has made its files."""
@@ -87,8 +91,8 @@ class PartialDirectory:
 def new_directory(target: Path, *, overwrite: bool, job: dict[str, Any]) -> Iterator[PartialDirectory]:
     """Yield a directory to fill; it becomes `target` by rename when the block ends, and vanishes when it raises.
 
-    A process that is killed or interrupted leaves it behind, and the next with the same `job` (what is written, from
-    what; anything that JSON holds) goes on with it; another job starts anew.
+    A process that is killed or interrupted (also by `Interrupted`) leaves it behind, and the next with the same `job`
+    (what is written, from what; anything that JSON holds) goes on with it; another job starts anew.
 
     Raises InputError when the target exists, unless it is an empty directory or `overwrite` is set (then the old one is
     removed only once the new one is complete), and when another process is at work on it.
@@ -116,6 +120,10 @@ def new_directory(target: Path, *, overwrite: bool, job: dict[str, Any]) -> Iter
                 os.replace(target, replaced)
             os.replace(path, target)
             shutil.rmtree(replaced, ignore_errors=True)
+        except Interrupted:
+            if not (path / _JOB).is_file():
+                shutil.rmtree(path, ignore_errors=True)
+            raise
         except Exception as error:
             shutil.rmtree(path, ignore_errors=True)
             for parent in missing:  # innermost first; one that somebody else uses by now stays

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from data_prep.errors import InputError
@@ -17,10 +18,11 @@ from megatron.crystalcoder.checkpoint.tensor_files import (
 )
 from megatron.crystalcoder.checkpoint.verify import check_shapes
 from megatron.crystalcoder.checkpoint.weights import logical_shapes
+from megatron.crystalcoder.checkpoint.window import Window
 
 # The attention's causal mask and its fill value: buffers that older transformers stored.
 _BUFFER = re.compile(r"transformer\.h\.\d+\.attn\.(masked_)?bias")
-_HEAD, _EMBEDDING = "lm_head.weight", "transformer.wte.weight"
+HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 WEIGHT_FILES = (
     "model.safetensors.index.json",
     "model.safetensors",
@@ -29,15 +31,21 @@ WEIGHT_FILES = (
 )
 
 
-def open_hf(path: Path) -> BlockWeights:
+def open_hf(
+    path: Path,
+    describe: Callable[[Path], dict[str, TensorRef]] | None = None,
+    exists: Callable[[Path], bool] = Path.is_file,
+) -> BlockWeights:
     """The weights of a Hugging Face directory: names and shapes checked, nothing but headers read.
 
-    `lm_head.weight` under a tied head is a copy of the embedding.
+    `lm_head.weight` under a tied head is a copy of the embedding. describe, exists: give a file's tensors, and whether
+    it is there, where the directory does not hold the weights themselves.
     """
+    describe = describe or describe_file
     config = from_hf(read_json(path / "config.json"), path / "config.json")
     refs: dict[str, TensorRef] = {}
-    for file, listed in weight_files(path).items():
-        found = _describe(file)
+    for file, listed in weight_files(path, exists).items():
+        found = describe(file)
         for name in listed or found:
             if name not in found:
                 raise InputError(f"{file}: tensor {name} is missing, though the index puts it there")
@@ -47,20 +55,20 @@ def open_hf(path: Path) -> BlockWeights:
             if ref.dtype not in SAFETENSORS_DTYPES.values():
                 raise InputError(f"{file}: tensor {name} is stored as {ref.dtype}: take weights that are not quantised")
     expected = dict(logical_shapes(config))
-    if config.tie_word_embeddings and _HEAD in refs:
-        expected[_HEAD] = expected[_EMBEDDING]
+    if config.tie_word_embeddings and HEAD in refs:
+        expected[HEAD] = expected[EMBEDDING]
     check_shapes({name: ref.shape for name, ref in refs.items()}, expected, path)
     stored = {
         name: Stored(refs[name].dtype, shape, [[_block(refs[name])]]) for name, shape in logical_shapes(config).items()
     }
-    if config.tie_word_embeddings and _HEAD in refs:
-        embedding = stored[_EMBEDDING]
-        embedding.copies.append([_block(refs[_HEAD])])
+    if config.tie_word_embeddings and HEAD in refs:
+        embedding = stored[EMBEDDING]
+        embedding.copies.append([_block(refs[HEAD])])
         embedding.disagreement = (
-            f"{path}: {_HEAD} differs from {_EMBEDDING}, but config.json says that they are tied: "
+            f"{path}: {HEAD} differs from {EMBEDDING}, but config.json says that they are tied: "
             'set "tie_word_embeddings": false or remove the stale one'
         )
-        if refs[_HEAD].dtype != embedding.dtype:
+        if refs[HEAD].dtype != embedding.dtype:
             raise InputError(embedding.disagreement)
     return BlockWeights(config, stored)
 
@@ -73,9 +81,9 @@ def _block(ref: TensorRef) -> Block:
     return Block(ref.file, ref.offset, region.outer, region.inner, region.flipped, region.pitch)
 
 
-def weight_files(path: Path) -> dict[Path, list[str] | None]:
+def weight_files(path: Path, exists: Callable[[Path], bool] = Path.is_file) -> dict[Path, list[str] | None]:
     """Each file of weights with the tensors that the index expects in it (None: no index, take what it holds)."""
-    found = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
+    found = next((path / name for name in WEIGHT_FILES if exists(path / name)), None)
     if found is None:
         raise InputError(f"{path}: holds no weights: expected one of {', '.join(WEIGHT_FILES)}")
     if found.suffix != ".json":
@@ -91,11 +99,11 @@ def weight_files(path: Path) -> dict[Path, list[str] | None]:
     return files
 
 
-def _describe(file: Path) -> dict[str, TensorRef]:
-    """Every tensor of a file, from its header."""
+def describe_file(file: Path, window: Window | None = None) -> dict[str, TensorRef]:
+    """Every tensor of a file of weights, from its header. window: where its bytes are read, if not from `file`."""
     if file.suffix == ".safetensors":
-        return describe_safetensors(file)
-    content = describe_torch(file)
+        return describe_safetensors(file, window)
+    content = describe_torch(file, window=window)
     if not isinstance(content, dict) or not all(isinstance(value, TensorRef) for value in content.values()):
         raise InputError(f"{file}: is not a state dict of tensors")
     return content

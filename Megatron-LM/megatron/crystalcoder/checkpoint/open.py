@@ -30,6 +30,7 @@ class Checkpoint:
     mup_recorded: whether `config`'s muP constants and rotary style come from the checkpoint; if not they are neutral
     and must be replaced before use (the reference's converter did not record them).
     is_converted: a converter wrote it, so a run that starts from it begins at iteration 0 with all rows.
+    is_remote: its weights are fetched when they are wanted; `path` is where they will lie.
     adapter: the folder of a LoRA adapter that belongs to `weights` and is not in them, if a run trained one.
     hf_files: a directory with config.json and tokenizer files that belong to the weights, if there is one.
     """
@@ -46,6 +47,7 @@ class Checkpoint:
     layout: Layout | None = None
     hf_files: Path | None = None
     adapter: Path | None = None
+    is_remote: bool = False
 
     @property
     def tensor_parallel(self) -> int:

@@ -130,9 +130,20 @@ class BlockWeights:
     def dtype(self, name: str) -> torch.dtype:
         return self.stored[name].dtype
 
+    def locate(self, name: str) -> Stored:
+        """Where a tensor's values lie, now that they are wanted: what comes from elsewhere is fetched first."""
+        return self.stored[name]
+
+    def arrival(self, name: str) -> int:
+        """Tensors that come from elsewhere come in this order."""
+        return 0
+
+    def abandon(self) -> None:
+        """Let go of what is waited for."""
+
     def read(self, name: str) -> Tensor:
         with Files() as files:
-            stored, scratch = self.stored[name], Scratch()
+            stored, scratch = self.locate(name), Scratch()
             tensor = read_tensor(files, stored, scratch)
             for copy in stored.copies[1:]:
                 other = read_tensor(files, Stored(stored.dtype, stored.shape, [copy]), scratch)
@@ -143,6 +154,8 @@ class BlockWeights:
 
 def combined(sets: Mapping[str, BlockWeights]) -> BlockWeights:
     """Several sets of tensors as one: each tensor's name with its set's prefix before it."""
+    if set(sets) == {""}:
+        return sets[""]
     stored = {prefix + name: entry for prefix, weights in sets.items() for name, entry in weights.stored.items()}
     (config,) = {weights.config for weights in sets.values()}
     return BlockWeights(config, stored, [record for weights in sets.values() for record in weights.records])

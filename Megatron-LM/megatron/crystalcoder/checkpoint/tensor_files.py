@@ -11,12 +11,12 @@ import codecs
 import collections
 import io
 import json
-import os
 import pathlib
 import pickle
 import struct
 import zipfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from data_prep.errors import InputError
+from megatron.crystalcoder.checkpoint.window import Window, opened
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MAX_HEADER = 100_000_000  # what the safetensors library allows
@@ -68,15 +69,18 @@ class TensorRef:
     record: Record | None = None
 
 
-def describe_safetensors(file: Path) -> dict[str, TensorRef]:
-    """Every tensor of a safetensors file, from its header. Raises InputError for a missing or damaged file."""
+def describe_safetensors(file: Path, window: Window | None = None) -> dict[str, TensorRef]:
+    """Every tensor of a safetensors file, from its header. Raises InputError for a missing or damaged file.
+
+    window: where the file's bytes are read, if not from `file`.
+    """
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= min(size - 8, _MAX_HEADER):
+        with opened(file) if window is None else nullcontext(window) as source:
+            length = int.from_bytes(source.at(0, 8), "little")
+            if not 2 <= length <= min(source.size - 8, _MAX_HEADER):
                 raise InputError(f"{file}: {_DAMAGED}")
-            header = json.loads(stream.read(length))
+            header = json.loads(source.at(8, length))
+            size = source.size
         refs = {}
         for name, entry in header.items():
             if name == "__metadata__":
@@ -96,22 +100,23 @@ def describe_safetensors(file: Path) -> dict[str, TensorRef]:
     return refs
 
 
-def describe_torch(file: Path, start: int = 0, length: int | None = None) -> Any:
+def describe_torch(file: Path, start: int = 0, length: int | None = None, window: Window | None = None) -> Any:
     """What torch.save wrote, with a `TensorRef` for each tensor. start, length: where in the file it stands (bytes).
 
-    Raises InputError for a missing or damaged file, and for one that needs a class that no checkpoint of weights needs.
+    window: where the file's bytes are read, if not from `file`; then the refs' offsets are all 0, because to know them
+    takes a read for each tensor. Raises InputError for a missing or damaged file, and for one that needs a class that
+    no checkpoint of weights needs.
     """
     try:
-        with file.open("rb") as stream:
-            window = _Window(stream.fileno(), start, length)
-            if start == 0 and length is None and not zipfile.is_zipfile(stream):
-                if window.size > 2 and _is_pickle(window):
+        with opened(file, start, length) if window is None else nullcontext(window) as source:
+            if start == 0 and length is None and not zipfile.is_zipfile(source):
+                if source.size > 2 and source.at(0, 1) == b"\x80":
                     raise InputError(
                         f"{file}: was written by torch before 1.6: load it where you trust it, and save it again"
                     )
                 raise InputError(f"{file}: {_DAMAGED}")
-            archive = zipfile.ZipFile(io.BufferedReader(window))
-            records, pickled = _records(archive, window, file, start)
+            archive = zipfile.ZipFile(io.BufferedReader(source))
+            records, pickled = _records(archive, source, file, start, has_offsets=window is None)
             return _Unpickler(pickled, records, file).load()
     except FileNotFoundError as error:
         raise InputError(f"{file}: no such file: the checkpoint is incomplete, copy it again") from error
@@ -130,51 +135,20 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-class _Window(io.RawIOBase):
-    """Part of a file as a file of its own."""
-
-    def __init__(self, fd: int, start: int, length: int | None) -> None:
-        self._fd, self._start, self._position = fd, start, 0
-        self.size = os.fstat(fd).st_size - start if length is None else length
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._position = offset + (0, self._position, self.size)[whence]
-        if self._position < 0:
-            raise OSError("before the start")
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def at(self, offset: int, length: int) -> bytes:
-        return os.pread(self._fd, min(length, max(0, self.size - offset)), self._start + offset)
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.at(self._position, len(buffer))
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
-
-def _is_pickle(window: _Window) -> bool:
-    return window.at(0, 1) == b"\x80"
-
-
-def _records(archive: zipfile.ZipFile, window: _Window, file: Path, start: int) -> tuple[dict[str, Record], io.BytesIO]:
-    """The records by their storage's key, and the pickle."""
+def _records(
+    archive: zipfile.ZipFile, window: Window, file: Path, start: int, has_offsets: bool
+) -> tuple[dict[str, Record], io.BytesIO]:
+    """The records by their storage's key, and the pickle. has_offsets: whether the records' places are wanted."""
     records: dict[str, Record] = {}
     pickled = None
     central = archive.start_dir
     for info in archive.infolist():
+        inner = info.filename.partition("/")[2]
+        if inner.startswith("data/") and not has_offsets and info.compress_type == zipfile.ZIP_STORED:
+            records[inner.removeprefix("data/")] = Record(file, 0, info.file_size, ())
+            continue
         name_length, extra_length = struct.unpack("<HH", window.at(info.header_offset + 26, 4))
         offset = info.header_offset + 30 + name_length + extra_length
-        inner = info.filename.partition("/")[2]
         if info.compress_type != zipfile.ZIP_STORED or offset + info.file_size > window.size:
             raise InputError(f"{file}: {_DAMAGED}")
         if inner == "data.pkl":

@@ -108,12 +108,13 @@ class Transfer:
                     pending = self._collect(pending, progress)
                 self._write_checksums()
             except BaseException:
+                self._source.abandon()
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
 
     def _jobs(self) -> Iterator[Job]:
-        for name, target in self._target.stored.items():
-            yield from jobs_of(self._source.stored[name], target, name)
+        for name in sorted(self._target.stored, key=self._source.arrival):
+            yield from jobs_of(self._source.stored[name], self._target.stored[name], name)
 
     @staticmethod
     def _collect(pending: set[Future[int]], progress: Callable[[int], None]) -> set[Future[int]]:
@@ -124,7 +125,7 @@ class Transfer:
 
     def _move(self, job: Job) -> int:
         scratch = self._scratch()
-        source, target = self._source.stored[job.name], self._target.stored[job.name]
+        source, target = self._source.locate(job.name), self._target.stored[job.name]
         values = read_rows(self._reading, source, source.copies[0], job.rows, scratch)
         size = values.nbytes
         for copy in source.copies[1:]:
