@@ -16,16 +16,18 @@ from torch.profiler import ProfilerActivity, profile
 
 PARTS = ("attention", "MLP", "norms", "loss", "optimizer", "rest")  # norms: with the residual additions
 _PREFIX = "part of the step: "
+# Ranges that the trainer itself opens in each step.
+_TRAINERS = {"gradient norm": "optimizer", "optimizer": "optimizer"}
 
 
-def breakdown(step: Callable[[], object], model: Any, optimizer: Any, *, seconds: float) -> dict[str, float]:
+def breakdown(step: Callable[[], object], model: Any, *, seconds: float) -> dict[str, float]:
     """Seconds of each of PARTS in one call of `step`, and "idle", what is left of `seconds`, its time unprofiled.
 
     attention and MLP include their linear layers. On a GPU the time is the kernels', on a CPU the operations' own.
     model: a CrystalCoderGPT, wrapped or not.
     """
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    with _ranges(model, optimizer), profile(activities=activities) as profiler:
+    with _ranges(model), profile(activities=activities) as profiler:
         step()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -48,7 +50,8 @@ def attribute(events: Any) -> dict[str, float]:
         if on_gpu:
             microseconds = sum(kernel.duration for kernel in event.kernels)
         else:
-            microseconds = 0.0 if event.name.startswith(_PREFIX) else event.self_cpu_time_total
+            is_range = event.name.startswith(_PREFIX) or event.name in _TRAINERS
+            microseconds = 0.0 if is_range else event.self_cpu_time_total
         if microseconds:
             found[ranges[id(event)] or _backward_of(event, forward) or "rest"] += microseconds / 1e6
     return found
@@ -58,6 +61,8 @@ def _range(event: Any) -> str | None:
     while event is not None:
         if event.name.startswith(_PREFIX):
             return event.name.removeprefix(_PREFIX)
+        if event.name in _TRAINERS:
+            return _TRAINERS[event.name]
         event = event.cpu_parent
     return None
 
@@ -72,8 +77,8 @@ def _backward_of(event: Any, forward: dict[tuple[int, int], str]) -> str | None:
 
 
 @contextmanager
-def _ranges(model: Any, optimizer: Any) -> Iterator[None]:
-    """Ranges around the parts' forward passes and the optimizer's update; gone afterwards."""
+def _ranges(model: Any) -> Iterator[None]:
+    """Ranges around the parts' forward passes; gone afterwards. The optimizer's are the trainer's own."""
     while hasattr(model, "module"):
         model = model.module
     hooks: list[Any] = []
@@ -83,17 +88,13 @@ def _ranges(model: Any, optimizer: Any) -> Iterator[None]:
         hooks += _between(mlp.linear_fc1, mlp.linear_fc2, "MLP")
         hooks += _between(layer, layer, "norms")  # what is in neither of the two inside it
     hooks += _between(model.decoder.final_layernorm, model.decoder.final_layernorm, "norms")
-    wrapped = [(model, "_postprocess", "loss")]
-    wrapped += [(optimizer, name, "optimizer") for name in ("zero_grad", "prepare_grads", "step_with_ready_grads")]
-    for owner, name, part in wrapped:
-        setattr(owner, name, _within(getattr(owner, name), part))
+    model._postprocess = _within(model._postprocess, "loss")
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for owner, name, _ in wrapped:
-            delattr(owner, name)  # the class's own shows again
+        del model._postprocess  # the class's own shows again
 
 
 def _between(first: Any, last: Any, part: str) -> list[Any]:

@@ -281,7 +281,7 @@ def measure(result: Measurement, config: TrainConfig, deadline: float) -> None:
         if peak is not None:
             result.mfu = result.tokens_per_second * flops_per_token(config.model.unpadded, config.seq_length) / peak
         result.peak_memory = platform.peak_memory_bytes()
-        result.parts = breakdown(step, model, optimizer, seconds=result.step_seconds)
+        result.parts = breakdown(step, model, seconds=result.step_seconds)
 
 
 def _settings(config: TrainConfig) -> str:

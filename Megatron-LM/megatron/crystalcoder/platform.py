@@ -213,13 +213,16 @@ class GroupStepAdamW(torch.optim.Optimizer):
             # Counted for empty groups too: every rank of a distributed optimizer must agree on the step.
             group["step"] = group.get("step", 0) + 1
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if not parameters:
-                continue
-            for parameter in parameters:
-                if not self.state[parameter]:
-                    self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
-                    self.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
-            (self._fused_update if self.fused else self._plain_update)(group, parameters)
+            if parameters:
+                self.update(group, parameters)
+
+    def update(self, group: dict[str, Any], parameters: list[Any]) -> None:
+        """One update of these parameters of a group, of which each has a gradient."""
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
+                self.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
+        (self._fused_update if self.fused else self._plain_update)(group, parameters)
 
     def take_back_step(self) -> None:
         """Uncount a step that `found_inf` left out."""

@@ -10,6 +10,7 @@ from data_prep.errors import InputError
 from megatron.crystalcoder.model.config import ModelConfig, ParallelConfig
 from megatron.crystalcoder.model.fusions import Speed
 from megatron.crystalcoder.model.lora import LoraSettings
+from megatron.crystalcoder.training.memory import OptimizerStates
 
 
 class SettingError(InputError):
@@ -29,6 +30,7 @@ class OptimizerSettings:
     Weight decay applies to matrices only: never to biases or LayerNorm.
     eps_before_correction adds eps before the bias correction, m / (sqrt(v) + eps) * sqrt(1 - beta2^t) / (1 - beta1^t),
     as the pretraining reference does, instead of to the corrected root.
+    states: what the moments are kept in between the steps (moments.py).
     """
 
     adam_beta1: float = 0.9
@@ -39,6 +41,7 @@ class OptimizerSettings:
     hidden_lr_scale: float = 1.0
     scale_hidden_biases: bool = True
     eps_before_correction: bool = False
+    states: OptimizerStates = "fp32"
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,13 @@ def check_sizes(config: TrainConfig, ranks: int | None = None) -> None:
             f"sequence length {config.seq_length} exceeds the model's {config.model.max_sequence_length} positions: "
             "take shorter rows, or raise --max-position-embeddings"
         )
+    tied_twice = pp > 1 and config.model.tie_word_embeddings and parallel.use_distributed_optimizer
+    if config.optimizer.states != "fp32" and tied_twice:
+        raise InputError(
+            f"--optimizer-states {config.optimizer.states} rounds by chance, and the two copies of the embedding, on "
+            "the first and the last pipeline stage and sharded differently, would drift apart: drop the flag, the "
+            "pipeline or the distributed optimizer"
+        )
     if parallel.sequence_parallel and config.seq_length % tp:
         raise InputError(
             f"sequence parallelism splits sequences of {config.seq_length} over TP {tp}, which does not divide it: "

@@ -24,6 +24,9 @@ from megatron.crystalcoder.model.config import ModelConfig
 LOSS_CHUNK = 2048
 
 Recompute = Literal["none", "selective", "full"]
+OptimizerStates = Literal["fp32", "bf16", "8bit"]
+# Bytes of both moments of a parameter. In 8bit, 256 numbers also share a byte (moments.py).
+STATE_BYTES: dict[OptimizerStates, float] = {"fp32": 8, "bf16": 4, "8bit": 2 + 2 / 256}
 
 
 @dataclass(frozen=True)

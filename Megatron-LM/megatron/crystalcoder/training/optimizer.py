@@ -13,6 +13,9 @@ embedding's group, else the two copies drift apart.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +25,12 @@ from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import Tensor
 
+from data_prep.errors import InputError
 from megatron.crystalcoder import platform
 from megatron.crystalcoder.model.config import ParallelConfig
+from megatron.crystalcoder.training.compact_adam import CompactAdamW
 from megatron.crystalcoder.training.config import OptimizerSettings
+from megatron.crystalcoder.training.moments import OptimizerStates
 
 
 def is_decayed(name: str, parameter: torch.nn.Parameter) -> bool:
@@ -60,11 +66,32 @@ def build_optimizer(
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
     )
-    optimizer = get_megatron_optimizer(config, [model], config_overrides=_group_overrides(settings))
+    with _moments_kept_as(settings.states):
+        optimizer = get_megatron_optimizer(config, [model], config_overrides=_group_overrides(settings))
     for adam in _adams(optimizer):
         if isinstance(adam, platform.GroupStepAdamW):
             adam.fused = fused
     return optimizer
+
+
+@contextmanager
+def _moments_kept_as(states: OptimizerStates) -> Iterator[None]:
+    """Inside, megatron-core's Adam keeps its moments so."""
+    import megatron.core.optimizer as mcore_optimizer
+
+    module: Any = mcore_optimizer
+    usual = module.Adam
+    if states != "fp32":
+        if usual is not platform.GroupStepAdamW:
+            raise InputError(
+                f"--optimizer-states {states} is for this project's own Adam, and {usual.__module__} has taken its "
+                "place: uninstall Transformer Engine and Apex, or drop the flag"
+            )
+        module.Adam = partial(CompactAdamW, kind=states, compiled=torch.cuda.is_available())
+    try:
+        yield
+    finally:
+        module.Adam = usual
 
 
 def _group_overrides(settings: OptimizerSettings) -> dict[ParamKey, ParamGroupOverride]:

@@ -37,6 +37,7 @@ from megatron.crystalcoder.checkpoint import safe_load
 from megatron.crystalcoder.checkpoint.directory import iteration_directory, rank_file, write_tracker
 from megatron.crystalcoder.checkpoint.megatron_args import CHECKPOINT_VERSION, to_args
 from megatron.crystalcoder.training.accounting import Accounting
+from megatron.crystalcoder.training.compact_adam import whole_moments
 from megatron.crystalcoder.training.config import TrainConfig
 from megatron.crystalcoder.training.lora import save_adapter, trained_state
 from megatron.crystalcoder.training.optimizer import restore_settings
@@ -67,12 +68,13 @@ def save_run(
         "checkpoint_version": CHECKPOINT_VERSION,
         "iteration": progress.iteration,
     }
-    if config.save_format == "torch_dist":
-        if config.lora is not None:
-            save_adapter(partial, state, model.module.lora)
-        _save_torch_dist(partial, state, model, optimizer)
-    else:
-        _save_torch(_rank_file(partial), state, model, optimizer)
+    with whole_moments(optimizer):
+        if config.save_format == "torch_dist":
+            if config.lora is not None:
+                save_adapter(partial, state, model.module.lora)
+            _save_torch_dist(partial, state, model, optimizer)
+        else:
+            _save_torch(_rank_file(partial), state, model, optimizer)
     dist.barrier()
     if dist.get_rank() == 0:
         replaced = folder.with_name(f".{folder.name}.replaced")
@@ -89,10 +91,11 @@ def load_run(start: Start, config: TrainConfig, model: DistributedDataParallel, 
     if start.checkpoint is None:
         return
     folder = iteration_directory(start.checkpoint.path, start.checkpoint.iteration)
-    if start.checkpoint.format == "torch_dist":
-        _load_torch_dist(folder, start, model, optimizer)
-    else:
-        _load_torch(_rank_file(folder), start, optimizer)
+    with whole_moments(optimizer):
+        if start.checkpoint.format == "torch_dist":
+            _load_torch_dist(folder, start, model, optimizer)
+        else:
+            _load_torch(_rank_file(folder), start, optimizer)
     restore_settings(optimizer, config.optimizer)
 
 
@@ -197,6 +200,9 @@ def _save_torch(file: Path, state: dict[str, Any], model: Any, optimizer: Any) -
         file.parent.mkdir()
         state["model"] = {name: x for name, x in model.module.state_dict().items() if isinstance(x, torch.Tensor)}
         state["optimizer"] = optimizer.state_dict()
+        if masters := state["optimizer"].get("fp32_from_fp16_params"):
+            # Without megatron-core's attributes, whose pickle is more than tensors and would be refused on reading.
+            state["optimizer"]["fp32_from_fp16_params"] = [[x.detach() for x in group] for group in masters]
         state["rng_state"] = _rng()
         torch.save(state, file)
     if state["args"].use_distributed_optimizer:

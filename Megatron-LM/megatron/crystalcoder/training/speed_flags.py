@@ -11,6 +11,7 @@ from data_prep.errors import InputError
 from megatron.crystalcoder.model.config import ModelConfig, ParallelConfig
 from megatron.crystalcoder.model.fusions import FUSIONS, Compile, Fp8, Speed, parse_fusions
 from megatron.crystalcoder.training.config import ProfileSettings, TrainConfig
+from megatron.crystalcoder.training.memory import OptimizerStates
 
 
 def add_speed_arguments(group: Any) -> None:
@@ -42,6 +43,12 @@ def add_speed_arguments(group: Any) -> None:
         metavar="N",
         help="pad each tensor-parallel rank's FFN with zeros, which stay zero, to a multiple of N: 128 suits GPUs, "
         "whose products are slow on the 7B model's 10,922; default: 0, as it is",
+    )
+    group.add_argument(
+        "--optimizer-states",
+        choices=get_args(OptimizerStates),
+        default="fp32",
+        help="what Adam's moments are kept in between the steps: 8, 4 or 2 bytes a parameter; default: fp32",
     )
     group.add_argument(
         "--loss-chunk", type=int, default=0, metavar="TOKENS", help="tokens whose fp32 logits exist at a time; 0: auto"
@@ -86,6 +93,7 @@ def with_speed_flags(config: TrainConfig, options: argparse.Namespace) -> TrainC
     return replace(
         config,
         model=_padded(config, options.ffn_multiple_of),
+        optimizer=replace(config.optimizer, states=options.optimizer_states),
         speed=Speed(parse_fusions(options.fusions), options.compile, options.loss_chunk, options.fp8),
         parallel=_overlapped(config.parallel, options),
         read_losses=options.read_losses,

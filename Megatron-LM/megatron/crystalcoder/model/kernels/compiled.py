@@ -10,15 +10,26 @@ import torch
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+# Shapes that one function is compiled for. torch's own limit of 8 ends the run; a model in fp8 has a dozen.
+_MOST_SHAPES = 256
 
-def maybe_compiled(function: F, compiled: bool) -> F:
-    """`function`, or its compiled form; the same for the whole process, so that it is compiled once per shape."""
-    return _compiled(function) if compiled else function
+
+def maybe_compiled(function: F, compiled: bool, *, any_size: bool = False) -> F:
+    """`function`, or its compiled form; the same for the whole process, so that it is compiled once per shape.
+
+    any_size: once for all sizes, for functions that are given many.
+    """
+    return _compiled(function, any_size) if compiled else function
 
 
 @cache
-def _compiled(function: Any) -> Any:
-    inner = torch.compile(function, fullgraph=True, dynamic=False)
+def _compiled(function: Any, any_size: bool) -> Any:
+    import torch._dynamo.config as limits
+
+    for name in ("recompile_limit", "accumulated_recompile_limit", "cache_size_limit", "accumulated_cache_size_limit"):
+        if hasattr(limits, name):  # the names changed with torch 2.6
+            setattr(limits, name, max(getattr(limits, name), _MOST_SHAPES))
+    inner = torch.compile(function, fullgraph=True, dynamic=any_size)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         # Without function modes: the CPU seam's (see platform.py) has nothing to answer inside a kernel.
