@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import yaml
 import zstandard
-from tokenizers import Tokenizer, decoders, processors
 
 from data_prep.create_hdf5_dataset import OPTIONS, main
 from support.plain_lmdata import lmdata
@@ -23,18 +22,6 @@ from support.plain_lmdata import lmdata
 WORDS = ["the", "def add(first):", "person", "return", "x", "12", "  ", "\n", "\t", "é", "\u2028", "\u00a0", "“so”",
          "&amp;", "<b>", "</s>", "<s>", "ﬁ", "😀", "\x1b[1m", "Ã©", "a" * 40, " , ", " @-@ ", " . ", "▁", "e\u0301",
          "<|fim_prefix|>", "\r\n", "日本語"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def template_tokenizer(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tests' tokenizer, with BOS put in front and a decoder, as LLaMA's file has them."""
-    backend = Tokenizer.from_file(str(tokenizer_file))
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    backend.decoder = decoders.Sequence(parts)
-    path = tmp_path_factory.mktemp("template") / "tokenizer.json"
-    backend.save(str(path))
-    return path
 
 
 def write_corpus(folder: Path, chance: random.Random, key: str, *, empty: bool) -> list[Path]:
