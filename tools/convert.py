@@ -66,6 +66,9 @@ def convert(
     true_vocab_size: Annotated[
         int | None, typer.Option(min=1, help="rows of the vocabulary that count, if the source is padded and silent")
     ] = None,
+    iteration: Annotated[
+        int | None, typer.Option(min=1, help="which of a run's checkpoints [default: the last]")
+    ] = None,
     release: Annotated[bool, typer.Option(help="write Megatron's `release`: weights of no iteration")] = False,
     dtype: Annotated[DType | None, typer.Option(help="cast to this dtype [default: keep what is stored]")] = None,
     hf_config: Annotated[
@@ -97,7 +100,8 @@ def convert(
     chosen: Any = format.value if format else None
     if chosen is None:
         # Going to Megatron, staying there at another layout, or going back.
-        chosen = "torch" if tp or pp or vpp or pp_layers or open_source(source).format == "hf" else "hf"
+        is_hf = open_source(source, iteration=iteration).format == "hf"
+        chosen = "torch" if tp or pp or vpp or pp_layers or is_hf else "hf"
     if chosen == "hf" and (tp or pp or vpp or pp_layers or release or make_vocab_size_divisible_by != 1):
         raise InputError(
             "--tp, --pp, --vpp, --pp-layers, --release and --make-vocab-size-divisible-by lay out a Megatron "
@@ -113,6 +117,7 @@ def convert(
         stage_layers=_numbers(pp_layers) if pp_layers else None,
         vocab_divisor=make_vocab_size_divisible_by,
         true_vocab_size=true_vocab_size,
+        iteration=iteration,
         release=release,
         dtype=DTYPES[dtype.value] if dtype else None,
         hf_config=resolve_hf_config_path(hf_config) if hf_config else None,
@@ -136,19 +141,25 @@ def _numbers(text: str) -> tuple[int, ...]:
 @exits_on_bad_input
 def inspect(
     directory: Annotated[str, typer.Argument(help="a checkpoint in any format")],
+    iteration: Annotated[int | None, typer.Option(min=1, help="which of a run's [default: the last]")] = None,
     tensors: Annotated[bool, typer.Option("--tensors/--no-tensors", help="list every tensor's shape and dtype")] = True,
 ) -> None:
     """Tell what a checkpoint is, from its headers: format, layout, iteration, sizes, muP constants, dtypes, tensors."""
     from megatron.crystalcoder.checkpoint.diff import tensors_of
     from megatron.crystalcoder.checkpoint.hub import open_source
 
-    checkpoint = open_source(directory)
+    checkpoint = open_source(directory, iteration=iteration)
     config, stored = checkpoint.config, tensors_of(checkpoint).stored
     own = config.unpadded
     facts: dict[str, Any] = {"format": checkpoint.format, "parameters": f"{own.num_parameters:,}"}
     if checkpoint.layout is not None:
         facts["written at"] = str(checkpoint.layout)
         facts["iteration"] = f"{checkpoint.iteration}{' (converted)' if checkpoint.is_converted else ''}"
+    run = vars(checkpoint.args) if checkpoint.args else {}
+    if "code_version" in run:
+        facts["written by"] = run["code_version"]
+        facts["samples consumed"] = f"{run['consumed_train_samples']:,}"
+        facts |= {f"  of {name}": f"{samples:,}" for name, samples in run["data_drawn"].items()}
     if checkpoint.adapter is not None:
         facts["adapter"] = f"{checkpoint.adapter}; what follows is its base"
     facts["dtype"] = ", ".join(sorted({_dtype(stored[name]) for name in checkpoint.weights.names()}))

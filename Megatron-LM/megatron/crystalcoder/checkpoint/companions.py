@@ -87,6 +87,11 @@ def companion_files(checkpoint: Checkpoint, hf_config: Path | None, tokenizer: P
             break
     if tokenizer is None:
         return found
+    return tokenizer_files(tokenizer) | {name: path for name, path in found.items() if name == _GENERATION_CONFIG}
+
+
+def tokenizer_files(tokenizer: Path) -> dict[str, Path]:
+    """The files of a tokenizer, a directory of them or one of them, by the names they get. InputError if it is none."""
     if tokenizer.is_dir():
         given = _files_in(tokenizer, TOKENIZER_FILES)
     else:
@@ -96,7 +101,7 @@ def companion_files(checkpoint: Checkpoint, hf_config: Path | None, tokenizer: P
         raise InputError(
             f"{tokenizer}: is no tokenizer: give a directory with tokenizer.json or tokenizer.model, or one such file"
         )
-    return given | {name: path for name, path in found.items() if name == _GENERATION_CONFIG}
+    return given
 
 
 def _files_in(directory: Path, names: tuple[str, ...]) -> dict[str, Path]:

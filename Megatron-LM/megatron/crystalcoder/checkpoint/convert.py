@@ -61,6 +61,7 @@ def convert(
     stage_layers: tuple[int, ...] | None = None,
     vocab_divisor: int = 1,
     true_vocab_size: int | None = None,
+    iteration: int | None = None,
     dtype: torch.dtype | None = None,
     release: bool = False,
     hf_config: Path | None = None,
@@ -80,6 +81,7 @@ def convert(
     pipeline stage, where it is uneven. vocab_divisor: pad the vocabulary to a multiple of this times the
     tensor-parallel size.
     true_vocab_size: the vocabulary without the padding that another writer gave it.
+    iteration: which of a run's checkpoints; None: its last.
     dtype: cast to it; None keeps what is stored. release: written as Megatron's `release`, without an iteration.
     hf_config: see `settle_config`. tokenizer: see `companion_files`. fused_norms: in format `torch`, name the norms as
     layers do that fuse them into the linear behind (Transformer Engine). verify: read every tensor back and compare it
@@ -89,7 +91,7 @@ def convert(
     Memory: about two of the largest tensors for each worker, whatever the model's size. Raises InputError and leaves
     nothing behind. A conversion that is killed goes on where it was when it is started again.
     """
-    checkpoint = open_source(source, true_vocab_size=true_vocab_size)
+    checkpoint = open_source(source, true_vocab_size=true_vocab_size, iteration=iteration)
     if checkpoint.adapter is not None:
         raise InputError(f"{source}: trained an adapter: `crystalcoder finetune export` merges it and writes it alone")
     config, template = settle_config(checkpoint, hf_config)

@@ -40,9 +40,15 @@ def rank_file(iteration_dir: Path, tp_rank: int, pp_rank: int, pp_size: int) -> 
     return iteration_dir / folder / RANK_FILE
 
 
-def read_tracker(save: Path) -> tuple[int, Path]:
-    """The iteration that the tracker names (0 for `release`) and its directory. Raises InputError."""
+def read_tracker(save: Path, iteration: int | None = None) -> tuple[int, Path]:
+    """The iteration that the tracker names (0 for `release`) and its directory; or another one's. Raises InputError."""
     tracker = save / TRACKER
+    if iteration is not None:
+        folder = iteration_directory(save, iteration)
+        if not folder.is_dir():
+            there = ", ".join(str(int(path.name[5:])) for path in sorted(save.glob("iter_*"))) or "none"
+            raise InputError(f"{folder}: there is no such checkpoint: choose an iteration that is there ({there})")
+        return iteration, folder
     try:
         text = tracker.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:

@@ -32,11 +32,16 @@ _NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _READ_AHEAD = 1 << 20
 
 
-def open_source(name: str | Path, *, true_vocab_size: int | None = None) -> Checkpoint:
-    """Open a checkpoint directory or, if there is none of this name, a model on the hub. Raises InputError."""
+def open_source(name: str | Path, *, true_vocab_size: int | None = None, iteration: int | None = None) -> Checkpoint:
+    """Open a checkpoint directory or, if there is none of this name, a model on the hub. Raises InputError.
+
+    true_vocab_size, iteration: see `open_checkpoint`.
+    """
     match = _NAME.fullmatch(str(name))
     if match is None or Path(name).exists():
-        return open_checkpoint(name, true_vocab_size=true_vocab_size)
+        return open_checkpoint(name, true_vocab_size=true_vocab_size, iteration=iteration)
+    if iteration is not None:
+        raise InputError(f"{name}: there is no such directory, and a model on the hub has no iterations: correct it")
     hub = _Hub(match["repository"], match["revision"] or "main")
     try:
         folder, sizes = hub.fetch_companions()

@@ -60,23 +60,28 @@ class Checkpoint:
         return self.layout.pipeline_parallel if self.layout else 1
 
 
-def open_checkpoint(path: Path | str, *, true_vocab_size: int | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: Path | str, *, true_vocab_size: int | None = None, iteration: int | None = None
+) -> Checkpoint:
     """Open a Hugging Face or Megatron checkpoint directory. Raises InputError, with what to do about it.
 
     true_vocab_size: the rows of the vocabulary that count, where another writer padded it and does not say so.
+    iteration: of a Megatron directory that holds several; None: the one that its tracker names.
     """
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"{path}: no such directory: give the directory of a checkpoint")
     if (path / "config.json").is_file() and not (path / TRACKER).is_file():
         hf = open_hf(path)
+        if iteration is not None:
+            raise InputError(f"{path}: a Hugging Face checkpoint has no iterations: drop --iteration")
         if true_vocab_size not in (None, hf.config.vocab_size):
             raise InputError(
                 f"{path}: the vocabulary has {hf.config.vocab_size} rows, not the {true_vocab_size} of "
                 "--true-vocab-size (a Hugging Face checkpoint's is never padded): drop the flag"
             )
         return Checkpoint(path, path, "hf", hf.config, hf, hf_files=path)
-    iteration, folder = read_tracker(path)
+    iteration, folder = read_tracker(path, iteration)
     hf_files = path / HF_FILES if (path / HF_FILES / "config.json").is_file() else None
     is_distributed = (folder / FORMAT).is_file()
     content = describe_torch(folder / COMMON) if is_distributed else describe_first_rank(folder)

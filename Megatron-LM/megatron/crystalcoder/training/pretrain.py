@@ -16,12 +16,14 @@ from typing import NoReturn
 
 from data_prep.errors import InputError, exit_on_bad_input
 from megatron.crystalcoder import platform  # before megatron.core: it answers the questions about CUDA asked on import
+from megatron.crystalcoder.checkpoint.companions import tokenizer_files
 from megatron.crystalcoder.data.loader import open_data
 from megatron.crystalcoder.data.mixture import MixtureOrder
 from megatron.crystalcoder.data.reference_order import ReferenceOrder
 from megatron.crystalcoder.model.config import ParallelConfig
 from megatron.crystalcoder.training.accounting import Accounting, dataset_names
 from megatron.crystalcoder.training.config import TrainConfig
+from megatron.crystalcoder.training.export import Exporter
 from megatron.crystalcoder.training.params import Mode, Params, ReferenceCompat
 from megatron.crystalcoder.training.phases import Phase, one_phase, several_phases
 from megatron.crystalcoder.training.resume import Progress
@@ -68,6 +70,15 @@ def parser() -> argparse.ArgumentParser:
         help="let a run that is continued go on with other data, weights or order than it stopped in",
     )
     top.add_argument("--data_root", "--data-root", type=Path, help="what relative data directories are relative to")
+    top.add_argument(
+        "--export-every",
+        type=int,
+        metavar="K",
+        help="write every K-th checkpoint, and the last, as a Hugging Face directory to MODEL_DIR/exports",
+    )
+    top.add_argument(
+        "--export-tokenizer", type=Path, metavar="PATH", help="tokenizer to put into each export: a directory or file"
+    )
     top.add_argument("--mode", choices=("train", "eval", "train_and_eval"), help="default: runconfig.mode")
     top.add_argument("--tp", "--tensor-model-parallel-size", type=int, default=1, help="tensor-parallel ranks")
     top.add_argument("--pp", "--pipeline-model-parallel-size", type=int, default=1, help="pipeline stages")
@@ -97,10 +108,14 @@ def parser() -> argparse.ArgumentParser:
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[Phase]]:
     """The arguments, and the runs that they name: one, or with --phases several. Raises InputError."""
     options = parser().parse_intermixed_args(arguments)
-    for name in ("tp", "pp", "micro_batch_size", "nproc"):
+    for name in ("tp", "pp", "micro_batch_size", "nproc", "export_every"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if options.export_tokenizer is not None:
+        if options.export_every is None:
+            raise InputError("--export-tokenizer needs --export-every: add it, or drop both")
+        tokenizer_files(options.export_tokenizer)
     every = options.reference_compat
     reference = ReferenceCompat(
         order=every or options.reference_order,
@@ -165,12 +180,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         platform.initialize()
         if mode_of(options, phases[0]) == "eval":
             _evaluate(train_config(options, phases[0], world_size))
-        else:
-            _train(options, phases, world_size)
-        platform.shutdown()
+            platform.shutdown()
+            return
+        exporter = None
+        if options.export_every is not None and int(os.environ.get("RANK", "0")) == 0:
+            exporter = Exporter(options.export_every, options.export_tokenizer)
+        try:
+            _train(options, phases, world_size, exporter)
+            platform.shutdown()  # the other ranks need not wait
+        except BaseException:
+            if exporter is not None:
+                exporter.stop()
+            raise
+        if exporter is not None:
+            exporter.wait()
 
 
-def _train(options: argparse.Namespace, phases: Sequence[Phase], world_size: int) -> None:
+def _train(
+    options: argparse.Namespace, phases: Sequence[Phase], world_size: int, exporter: Exporter | None = None
+) -> None:
     """The phases that are not finished, one after the other."""
     from megatron.crystalcoder.checkpoint.random_init import RandomWeights
     from megatron.crystalcoder.training.loop import EXIT_INTERRUPTED, train
@@ -181,6 +209,8 @@ def _train(options: argparse.Namespace, phases: Sequence[Phase], world_size: int
     configs = [train_config(options, phase, world_size) for phase in phases]
     for number, (phase, config) in enumerate(zip(phases, configs, strict=True)):
         if len(phases) > 1 and phase.is_finished:
+            if exporter is not None:
+                exporter.follow(config)
             if is_first:
                 print(f"{phase.name}: finished, in {phase.model_dir}", flush=True)
             continue
@@ -188,9 +218,13 @@ def _train(options: argparse.Namespace, phases: Sequence[Phase], world_size: int
         later = list(zip(phases, configs, strict=True))[number + 1 :]
         report = PhaseReport(phase, config, later=later, summary=options.model_dir if options.phases else None)
 
-        def on_checkpoint(progress: Progress, account: Accounting, report: PhaseReport = report) -> None:
+        def on_checkpoint(
+            progress: Progress, account: Accounting, config: TrainConfig = config, report: PhaseReport = report
+        ) -> None:
             if is_first:
                 report(progress, account)
+            if exporter is not None:
+                exporter.follow(config)
 
         if is_first:
             print(describe(config, params), flush=True)
