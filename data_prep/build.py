@@ -137,8 +137,8 @@ def build(
             commands.main(arguments)
 
 
-def find_recipe(given: str) -> Path:
-    """The recipe's file: the path as given, else the shipped one of this name.
+def find_recipe(given: str, folder: Path = RECIPES) -> Path:
+    """The recipe's file: the path as given, else the one of this name in `folder`, where the kit keeps its own.
 
     Raises:
         InputError: neither is there.
@@ -146,10 +146,10 @@ def find_recipe(given: str) -> Path:
     path = Path(given)
     if path.is_file():
         return path.resolve()
-    shipped = RECIPES / f"{path.stem}.yaml"
+    shipped = folder / f"{path.stem}.yaml"
     if path.parent in (Path(), Path("recipes")) and shipped.is_file():
         return shipped
-    names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+    names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
     raise InputError(f"{given}: no such recipe: give a file, or one of {names}")
 
 

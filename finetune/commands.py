@@ -13,7 +13,7 @@ from data_prep.tokenizer import load_tokenizer
 from finetune.chat_format import ChatFormat
 from finetune.conversation import DEFAULT_SYSTEM_PROMPT
 from finetune.prepare import PREPARE_FILE, REJECTS_FILE, VALID, PrepareOptions, prepare
-from finetune.recipe import parse_source, read_recipe
+from finetune.recipe import RECIPES, parse_source, read_recipe
 from finetune.show import show as show_rows
 from finetune.show import write_html
 from finetune.templates import TEMPLATES, load_template
@@ -26,6 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+SHIPPED = " or ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
 TokenizerOption = Annotated[
     Path, typer.Option("--tokenizer", help="tokenizer.json with the CrystalCoder tokens, or a folder that holds one")
 ]
@@ -43,7 +44,11 @@ def prepare_command(
             show_default=False,
         ),
     ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="YAML list of sources with epochs or weights, instead")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help=f"YAML list of sources with epochs or weights, instead: a file, or {SHIPPED}"),
+    ] = None,
+    root: Annotated[Path | None, typer.Option(help="folder of the recipe's files [default: the recipe's own]")] = None,
     max_seq_length: Annotated[int, typer.Option(min=2, help="length of a row, in tokens")] = 2048,
     packing: Annotated[
         Literal["concatenate", "best-fit"],
@@ -82,7 +87,9 @@ def prepare_command(
     """Encode examples, pack them into rows with a loss mask, shuffle the rows, write HDF5 files."""
     if bool(sources) == (recipe is not None):
         raise InputError("give source files, or --recipe, and not both")
-    settings = read_recipe(recipe) if recipe else [parse_source(source) for source in sources or ()]
+    if root is not None and recipe is None:
+        raise InputError("--root is the folder of a recipe's files: give --recipe with it")
+    settings = read_recipe(recipe, root) if recipe else [parse_source(source) for source in sources or ()]
     options = PrepareOptions(
         max_seq_length=max_seq_length,
         packing=packing,

@@ -43,8 +43,8 @@ class ReadyRow(NamedTuple):
     planes: np.ndarray
 
 
-def to_example(record: Any) -> Example | ReadyRow:
-    """One record of any format.
+def to_example(record: Any, text_key: str = "text") -> Example | ReadyRow:
+    """One record of any format. text_key: the field that holds a plain text.
 
     Raises:
         InputError: naming the field (the caller adds file and line).
@@ -56,12 +56,12 @@ def to_example(record: Any) -> Example | ReadyRow:
     for keys, convert in FORMATS.items():
         if all(key in record for key in keys):
             return _conversation(record, keys[0], convert(record, *keys))
-    if "text" in record:
-        text = _text(record, "text")
+    if text_key in record:
+        text = _text(record, text_key)
         if not text.strip():
-            raise InputError("field 'text' is empty: fill it or drop the record")
+            raise InputError(f"field '{text_key}' is empty: fill it or drop the record")
         return PlainText(text)
-    known = "; ".join(" + ".join(keys) for keys in (*FORMATS, ("text",), _ROW_KEYS))
+    known = "; ".join(" + ".join(keys) for keys in (*FORMATS, (text_key,), _ROW_KEYS))
     fields = ", ".join(map(str, record)) or "(none)"
     raise InputError(f"unknown format with the fields {fields}: expected one of {known}")
 

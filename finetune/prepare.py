@@ -209,7 +209,7 @@ def _read_source(
         if Path(file.path).name in _OWN:
             continue
         files.append(file.path)
-        examples = read_examples(Path(file.path), faults)
+        examples = read_examples(Path(file.path), faults, source.text)
         while batch := list(islice(examples, BATCH)):
             kept: list[tuple[int, Example]] = []
             for record, example in batch:

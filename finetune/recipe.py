@@ -3,6 +3,7 @@
     sources:
       - {path: chats.jsonl, epochs: 2}
       - {path: code/, system: "You write code."}
+      - {path: books.parquet, text: markdown}
 
 or shares of the whole, for all of them, instead of epochs:
 
@@ -10,7 +11,7 @@ or shares of the whole, for all of them, instead of epochs:
       - {path: chats.jsonl, weight: 0.7}
       - {path: code_alpaca.json, weight: 0.3}
 
-Paths are relative to the recipe.
+Paths are relative to the recipe, or to a folder given. `recipes/` beside this file holds some that need no file.
 """
 
 from __future__ import annotations
@@ -25,16 +26,20 @@ import yaml
 
 from data_prep.errors import InputError
 
+RECIPES = Path(__file__).with_name("recipes")
+
 
 @dataclass(frozen=True)
 class SourceSettings:
     """A file or folder; how often its examples are seen (2.5: each twice, half of them a third time), or its weight
-    among all sources; and the system prompt of its conversations that have none (None: the common one)."""
+    among all sources; the system prompt of its conversations that have none (None: the common one); and the field that
+    holds a plain text."""
 
     path: Path
     epochs: float = 1.0
     weight: float | None = None
     system: str | None = None
+    text: str = "text"
 
 
 def parse_source(text: str) -> SourceSettings:
@@ -49,8 +54,18 @@ def parse_source(text: str) -> SourceSettings:
     return SourceSettings(Path(text))
 
 
-def read_recipe(path: Path) -> list[SourceSettings]:
-    """The sources of a YAML recipe. Raises InputError naming the entry that is wrong."""
+def read_recipe(given: str | Path, root: Path | None = None) -> list[SourceSettings]:
+    """The sources of a YAML recipe: a file, or the name of one in `recipes/`.
+
+    root: the folder that paths are relative to; None is that of the file, and for a name the working directory.
+
+    Raises:
+        InputError: there is none, or an entry of it is wrong; it is named.
+    """
+    from data_prep.build import find_recipe
+
+    path = find_recipe(str(given), RECIPES)
+    root = root or (Path() if path.parent == RECIPES else path.parent)
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -60,7 +75,7 @@ def read_recipe(path: Path) -> list[SourceSettings]:
     entries = content.get("sources") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries or content.keys() != {"sources"}:
         raise InputError(f"{path}: a recipe is a mapping with one key, sources: a list of entries with a path")
-    sources = [_source(entry, f"{path}: sources[{number}]", path.parent) for number, entry in enumerate(entries)]
+    sources = [_source(entry, f"{path}: sources[{number}]", root) for number, entry in enumerate(entries)]
     weighted = [source.weight is not None for source in sources]
     if any(weighted) and not all(weighted):
         raise InputError(f"{path}: sources[{weighted.index(False)}] has no weight, others have: give all one, or none")
@@ -68,18 +83,20 @@ def read_recipe(path: Path) -> list[SourceSettings]:
 
 
 def _source(entry: Any, place: str, base: Path) -> SourceSettings:
-    known = {"path", "epochs", "weight", "system"}
+    known = {"path", "epochs", "weight", "system", "text"}
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or entry.keys() - known:
-        raise InputError(f"{place}: an entry has a path, and may have epochs or weight, and system; nothing else")
+        raise InputError(f"{place}: an entry has a path, and may have epochs or weight, system, text; nothing else")
     if "epochs" in entry and "weight" in entry:
         raise InputError(f"{place}: has epochs and weight: give one of them")
-    if not isinstance(entry.get("system", ""), str):
-        raise InputError(f"{place}: system must be text")
+    for key in ("system", "text"):
+        if not isinstance(entry.get(key, ""), str):
+            raise InputError(f"{place}: {key} must be text")
     return SourceSettings(
         base / entry["path"],
         epochs=_positive(entry.get("epochs", 1.0), f"{place}: epochs"),
         weight=_positive(entry["weight"], f"{place}: weight") if "weight" in entry else None,
         system=entry.get("system"),
+        text=entry.get("text", "text"),
     )
 
 

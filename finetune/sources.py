@@ -34,8 +34,8 @@ class Read(NamedTuple):
     example: Example | ReadyRow
 
 
-def read_examples(path: Path, faults: FaultPolicy) -> Iterator[Read]:
-    """The examples of one file, in file order.
+def read_examples(path: Path, faults: FaultPolicy, text_key: str = "text") -> Iterator[Read]:
+    """The examples of one file, in file order. text_key: the field that holds a plain text.
 
     A record is bad that is of no known format, misses a field or has one of another type, names an unknown role, has
     turns in an order that no chat format can express, or an empty user turn.
@@ -44,13 +44,15 @@ def read_examples(path: Path, faults: FaultPolicy) -> Iterator[Read]:
         InputError: with file, line and field, at a bad record and at a file that cannot be read on, unless `faults`
             says "skip".
     """
+    if path.suffix == ".txt":
+        text_key = "text"
     number = -1
     try:
         for number, place, record in read_records(path):
             try:
                 if isinstance(record, _Unparsed):
                     raise InputError(f"{record.reason}: repair or remove it")
-                example = to_example(record)
+                example = to_example(record, text_key)
             except InputError as error:
                 faults(Fault(str(path), place, str(error)))
             else:

@@ -176,12 +176,63 @@ def test_epochs_weights_and_repetitions(tmp_path: Path, tokenizer) -> None:
         ("sources: [{path: a, epochs: 1, weight: 1}]", "has epochs and weight"),
         ("sources: [{path: a, weight: 1}, {path: b}]", r"sources\[1\] has no weight, others have"),
         ("sources: [", "is not YAML"),
+        ("sources: [{path: a, text: 1}]", r"sources\[0\]: text must be text"),
     ],
 )
 def test_a_recipe_that_makes_no_sense_is_told(tmp_path: Path, recipe: str, says: str) -> None:
     (tmp_path / "recipe.yaml").write_text(recipe)
     with pytest.raises(InputError, match=says):
         read_recipe(tmp_path / "recipe.yaml")
+
+
+def test_shipped_recipes(tmp_path: Path, tokenizer_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """CrystalChat's shares, from files of their sets' names; whatever their sizes, the mixture has the card's."""
+    shares = {source.path.name: source.weight for source in read_recipe("crystalchat", tmp_path)}
+    assert sum(shares.values()) == pytest.approx(1102.52, abs=0.03)
+    names = [f"word{i}" for i in range(40)]
+    for number, (name, source) in enumerate((s.path.name, s) for s in read_recipe("crystalchat", tmp_path)):
+        if source.text == "markdown":
+            records = [{"topic": name, "markdown": f"# {name} {word}\n" + "la " * 200} for word in names]
+        elif name.endswith(".json"):
+            records = [{"instruction": f"{name} {word}", "input": "", "output": word} for word in names[:5]]
+        else:
+            turns = [{"from": "human", "value": f"{name} {number}"}, {"from": "gpt", "value": "ok"}]
+            records = [{"conversations": [{**turns[0], "value": f"{name} {word}"}, turns[1]]} for word in names[:3]]
+        path = tmp_path / name / "data.json" if "." not in name else tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(records))
+    options = ["--tokenizer", str(tokenizer_file), "--max-seq-length", "64", "--system", ""]
+    arguments = ["finetune", "prepare", "--recipe", "crystalchat", "--out", str(tmp_path / "rows"), *options]
+    with pytest.raises(SystemExit) as status:
+        main([*arguments, "--root", str(tmp_path)])
+    assert not status.value.code
+    facts = json.loads((tmp_path / "rows/prepare.json").read_text())
+    sizes = {Path(each["path"]).name: each["tokens"] * each["epochs"] for each in facts["sources"]}
+    assert {each["texts"] for each in facts["sources"][-2:]} == {40}
+    total = sum(sizes.values())
+    for name, share in shares.items():
+        assert sizes[name] / total == pytest.approx(share / 1102.5, rel=2e-3), name
+
+    for name, says in (
+        ("code_alpaca", "code_alpaca_2k.json: no such file or folder"),
+        ("x", "or one of code_alpaca, crystalchat"),
+    ):
+        with pytest.raises(SystemExit) as status:
+            main(
+                [
+                    "finetune",
+                    "prepare",
+                    "--recipe",
+                    name,
+                    "--out",
+                    str(tmp_path / "o"),
+                    *options,
+                    "--root",
+                    str(tmp_path),
+                ]
+            )
+        assert status.value.code == 2
+        assert says in capsys.readouterr().err
 
 
 def test_processed_rows_and_texts_are_mixed_in(tmp_path: Path, tokenizer) -> None:
