@@ -19,6 +19,7 @@ from data_prep.engine import Task, run_step
 from data_prep.errors import InputError, full_disk
 from data_prep.manifest import Record, input_identity, record
 from data_prep.sources import PARQUET_TEXT_KEY, TEXT_KEY, Fault
+from data_prep.streams import files_below
 
 
 class ConvertTask(NamedTuple):
@@ -46,7 +47,7 @@ def parquet_to_jsonl(
     if source.is_file():
         files, root = [source], source.parent
     else:
-        files, root = sorted(p for p in source.rglob("*.parquet") if p.is_file()), source
+        files, root = [path for path in files_below(source) if path.suffix == ".parquet"], source
     if not files:
         raise InputError(f"{source}: holds no .parquet file")
     tasks = []

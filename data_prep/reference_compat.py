@@ -25,7 +25,7 @@ from data_prep.errors import InputError
 from data_prep.manifest import Record, input_identity, record
 from data_prep.sequences import SequenceFile, SequenceWriter, sequence_files
 from data_prep.sources import REFERENCE_SUFFIXES, Document, Fault, FaultPolicy, read_documents
-from data_prep.streams import open_bytes
+from data_prep.streams import files_below, open_bytes
 from data_prep.tokenizer import BYTE_PIECE
 
 BATCH = 256  # rows that are written at a time
@@ -66,7 +66,8 @@ class RankTask(NamedTuple):
 
 def discover(input_dir: Path) -> list[str]:
     """The input files, one suffix after the other. The reference leaves the rest to the disk; here it is by name."""
-    return [str(p) for suffix in REFERENCE_SUFFIXES for p in sorted(input_dir.rglob("*" + suffix)) if p.is_file()]
+    files = files_below(input_dir)
+    return [str(path) for suffix in REFERENCE_SUFFIXES for path in files if path.name.endswith(suffix)]
 
 
 def tokenize_like_reference(

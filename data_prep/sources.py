@@ -19,7 +19,7 @@ import orjson
 
 from data_prep.errors import InputError
 from data_prep.manifest import MANIFEST, REJECTS
-from data_prep.streams import ZstdStream, filesystem, is_url, open_bytes
+from data_prep.streams import ZstdStream, files_below, filesystem, is_url, open_bytes
 
 LINES_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 JSON_SUFFIXES = (".json", ".json.gz", ".json.zst")
@@ -97,7 +97,7 @@ def discover(inputs: Sequence[str | Path], text_suffixes: Sequence[str] = ()) ->
         if is_url(str(given)):
             folder, names = str(given).rstrip("/"), _files_behind(str(given))
         elif path.is_dir():
-            folder, names = str(path), [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()]
+            folder, names = str(path), [p.relative_to(path).as_posix() for p in files_below(path)]
         elif path.exists():
             folder, names = "", None
         else:

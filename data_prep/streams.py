@@ -21,6 +21,20 @@ from data_prep.errors import InputError, full_disk
 READ_SIZE = 1 << 20
 
 
+def files_below(folder: Path) -> list[Path]:
+    """All files below a folder, sorted by path; unlike `Path.rglob` it does not pass over what it may not list.
+
+    Raises:
+        InputError: a folder that cannot be listed.
+    """
+
+    def fail(error: OSError) -> None:
+        raise InputError(f"{error.filename}: cannot be listed ({error.strerror})")
+
+    found = (Path(place, name) for place, _, names in os.walk(folder, onerror=fail) for name in names)
+    return sorted(path for path in found if path.is_file())
+
+
 def is_url(path: str) -> bool:
     """Whether `path` is an fsspec URL (s3://…, memory://…) and not a local path."""
     return "://" in path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -99,6 +100,98 @@ def test_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(InputError, match=r"a\.jsonl: cannot be read .Permission denied"):
         list(read_documents(tmp_path / "a.jsonl", FaultPolicy()))
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: `Path.rglob`, which passes over it -> a corpus without that folder, no error, fails."""
+    (tmp_path / "in/sub").mkdir(parents=True)
+    (tmp_path / "in/a.jsonl").write_bytes(lines("one"))
+    scan = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError, match=r"in/sub: cannot be listed .Permission denied"):
+        discover([tmp_path / "in"])
+    with pytest.raises(InputError, match=r"in/sub: cannot be listed"):
+        main(["parquet2jsonl", str(tmp_path / "in"), "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/mem").exists(), reason="only Linux has a file that gives an input/output error"
+)
+def test_every_fault_in_one_corpus(tmp_path: Path, tokenizer_file: Path) -> None:
+    """Each kind of damage once, in the order of the files: stopping names the first that is left; skipping lists all
+    of them with their places, counts them, and keeps every good record."""
+    source = tmp_path / "in"
+    source.mkdir()
+    good = json.dumps({"text": "good"}).encode()
+    bad_lines = {  # file -> (its bad record, what is said of it); the record stands between two good ones
+        "a_json": (b'{"text": "bad', "is not JSON"),
+        "b_key": (b'{"txt": "bad"}', "has no key 'text'"),
+        "c_null": (b'{"text": null}', "is null, not text"),
+        "d_number": (b'{"text": 1.5}', "is a number, not text"),
+        "e_list": (b'{"text": ["a", 1]}', "is a list, not text"),
+        "f_bytes": (b'{"text": "\xff"}', "is not UTF-8"),
+        "g_surrogate": (rb'{"text": "\udc00"}', "half of a surrogate pair"),
+        "h_blank": (b"  ", "blank line"),
+    }
+    for name, (line, _) in bad_lines.items():
+        (source / f"{name}.jsonl").write_bytes(good + b"\n" + line + b"\n" + good + b"\n")
+    many = b"".join(json.dumps({"text": str(number)}).encode() + b"\n" for number in range(9000))
+    (source / "i_cut.jsonl.zst").write_bytes(zstandard.compress(many)[:-40])
+    broken = bytearray(zstandard.compress(good))
+    broken[4:8] = b"\xff" * 4
+    (source / "j_broken.jsonl.zst").write_bytes(broken)
+    (source / "k_cut.jsonl.gz").write_bytes(gzip.compress(many)[:-40])
+    column = (
+        pyarrow.array([b"good", b"\xff\xfe", None, b"good"], pyarrow.binary()).cast(pyarrow.binary()).view("string")
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), source / "l_rows.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["good"] * 9}), tmp_path / "whole.parquet")
+    (source / "m_cut.parquet").write_bytes((tmp_path / "whole.parquet").read_bytes()[:-30])
+    (source / "n_column.parquet").write_bytes((tmp_path / "whole.parquet").read_bytes().replace(b"text", b"tixt"))
+    (source / "o_empty.jsonl").write_bytes(b"")
+    (source / "p_text.txt").write_bytes(b"bad \xff")
+    (source / "q_cut.json").write_bytes(b"[" + good + b"," + good[:-4])
+    (source / "r_unreadable.jsonl").symlink_to("/proc/self/mem")
+    expected = [(f"{name}.jsonl", "2", reason) for name, (_, reason) in bad_lines.items()] + [
+        ("i_cut.jsonl.zst", "after ", "damaged or cut off"),
+        ("j_broken.jsonl.zst", "after 0", "damaged or cut off"),
+        ("k_cut.jsonl.gz", "after ", "damaged or cut off"),
+        ("l_rows.parquet", "row 2", "is not UTF-8"),
+        ("l_rows.parquet", "row 3", "is null, not text"),
+        ("m_cut.parquet", "after 0", "is not a whole parquet file"),
+        ("n_column.parquet", "after 0", "has no column 'text' or 'content' but tixt"),
+        ("p_text.txt", "byte 4", "is not UTF-8"),
+        ("q_cut.json", "after 1", "element 2: is not JSON"),
+        ("r_unreadable.jsonl", "after 0", "cannot be read (Input/output error)"),
+    ]
+    command = ["tokenize", str(source), "--out", str(tmp_path / "out"), "--tokenizer", str(tokenizer_file)]
+    main([*command, "--on-error", "skip"])
+    rejects = [json.loads(line) for line in (tmp_path / "out/rejects.jsonl").open()]
+    for reject, (name, place, reason) in zip(rejects, expected, strict=True):
+        assert Path(reject["file"]).name == name
+        assert reject["place"].startswith(place)
+        assert reason in reject["reason"]
+    counts = json.loads((tmp_path / "out/manifest.json").read_text())["counts"]
+    assert counts["rejected"] == len(expected)
+    whole = sum(int(r["place"].removeprefix("after ")) for r in rejects if r["file"].endswith(("l.zst", "l.gz")))
+    assert counts["documents"] == 2 * len(bad_lines) + whole + 2 + 1
+    first = {name: (place, reason) for name, place, reason in reversed(expected)}
+    for name in sorted(first):
+        with pytest.raises(InputError) as caught:
+            main([*command, "--overwrite"])
+        message, (place, reason) = str(caught.value), first[name]
+        assert name in message
+        assert reason.split(" (")[0] in message
+        assert place.startswith("after") or f":{place}:" in message
+        assert "\n" not in message
+        (source / name).unlink()
+    main([*command, "--overwrite"])  # nothing is left but the empty file
 
 
 @pytest.mark.parametrize("step", ["tokenize", "parquet2jsonl", "partition"])
