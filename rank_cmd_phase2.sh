@@ -13,8 +13,10 @@
 #     ITERS              optimizer steps (default: 1600)
 #     GLOBAL_BATCH_SIZE  rows per step (default: 1024)     SEQ_LENGTH     tokens per row (default: 2048)
 #     GPUS_PER_NODE      processes on this node (default: its GPUs; on a CPU TP x PP / NODE_CNT)
+#     MAX_RESTARTS       how often the job goes on from its last checkpoint when a rank or a node dies (default: 3)
 #     EXTRA_ARGS         more flags of pretrain_crystalcoder_inst.py; of a flag given twice the last counts
 #
+# A node that died joins again when its call is made again; the others wait for it.
 # GPUs run in bf16, a CPU in fp32. LOGDIR gets node_<rank>.log and TensorBoard files.
 set -euo pipefail
 
@@ -42,6 +44,7 @@ DATA_PATH=${DATA_PATH:-data/instruct.jsonl}
 ITERS=${ITERS:-1600}
 GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-1024}
 SEQ_LENGTH=${SEQ_LENGTH:-2048}
+MAX_RESTARTS=${MAX_RESTARTS:-3}
 EXTRA_ARGS=${EXTRA_ARGS:-}
 
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
@@ -68,7 +71,7 @@ LOG=$LOGDIR/node_$NODE_RANK.log
 # shellcheck disable=SC2086 # EXTRA_ARGS is a list of words
 exec "$PYTHON" -m megatron.crystalcoder.training.launch \
     --nproc-per-node "$GPUS_PER_NODE" --nnodes "$NODE_CNT" --node-rank "$NODE_RANK" \
-    --master-addr "$MASTER" --master-port "$MASTER_PORT" \
+    --master-addr "$MASTER" --master-port "$MASTER_PORT" --max-restarts "$MAX_RESTARTS" \
     "$ROOT/Megatron-LM/pretrain_crystalcoder_inst.py" \
     --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --sequence-parallel \
     --micro-batch-size "$MBSZ" --global-batch-size "$GLOBAL_BATCH_SIZE" --seq-length "$SEQ_LENGTH" \

@@ -11,7 +11,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 
 def main() -> None:
-    """Parse and train. Exit codes: 2 bad input, 1 the run diverged, 143 a SIGTERM was answered by saving."""
+    """Parse and train. Exit codes: 2 bad input, 3 the run diverged, 143 a SIGTERM was answered by saving."""
     if "--help" in sys.argv and os.environ.get("RANK", "0") != "0":
         return
     from data_prep.errors import exit_on_bad_input
@@ -26,7 +26,8 @@ def main() -> None:
         platform.initialize()
         from megatron.crystalcoder.checkpoint.random_init import RandomWeights
         from megatron.crystalcoder.model.initialization import InitSettings
-        from megatron.crystalcoder.training.loop import EXIT_INTERRUPTED, train
+        from megatron.crystalcoder.training.exit_codes import EXIT_DIVERGED, EXIT_INTERRUPTED
+        from megatron.crystalcoder.training.loop import train
         from megatron.crystalcoder.training.step_reader import NonFiniteError
 
         new_weights = RandomWeights(config.model, InitSettings.for_hf(config.model), config.seed)
@@ -34,7 +35,7 @@ def main() -> None:
             result = train(config, initial_weights=new_weights)
         except NonFiniteError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
-            raise SystemExit(1) from None
+            raise SystemExit(EXIT_DIVERGED) from None
         platform.shutdown()
         if result.interrupted:
             raise SystemExit(EXIT_INTERRUPTED)

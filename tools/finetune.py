@@ -49,6 +49,9 @@ def run(
         int, typer.Option(min=0, help="end after so many evaluations without a lower loss; 0: never")
     ] = 0,
     lora_rank: Annotated[int, typer.Option(min=0, help="train an adapter of this rank; 0: all weights")] = 0,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="when a rank dies, go on from the last checkpoint, so many times")
+    ] = 3,
 ) -> None:
     """Train on this machine, with the reference's hyper-parameters where not told otherwise.
 
@@ -78,7 +81,7 @@ def run(
     if _gpus():
         flags.append("--bf16")
     command = [sys.executable, "-m", "megatron.crystalcoder.training.launch", "--nproc-per-node", str(ranks)]
-    command += ["--standalone", str(SCRIPT), *map(str, flags), *context.args]
+    command += ["--standalone", "--max-restarts", str(max_restarts), str(SCRIPT), *map(str, flags), *context.args]
     save.mkdir(parents=True, exist_ok=True)
     (save / RUN_FILE).write_text(json.dumps({"data": str(data.resolve()), "load": str(load.resolve())}) + "\n")
     path = os.pathsep.join([str(ROOT / "Megatron-LM"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -47,13 +47,15 @@ def _train_here(arguments: list[str]) -> None:
         )
     pretrain.check_before_start(options, phases, ranks)  # what is wrong is said before any rank starts
     os.environ[pretrain.CHECKED] = "1"
-    if ranks == 1:
+    if ranks == 1 and not options.max_restarts:
         pretrain.main(arguments)
         return
     command = [
         "--standalone",
         "--nproc_per_node",
         str(ranks),
+        "--max-restarts",
+        str(3 if options.max_restarts is None else options.max_restarts),
         "-m",
         "megatron.crystalcoder.training.pretrain",
         *arguments,

@@ -24,6 +24,9 @@ from megatron.crystalcoder.model.config import ParallelConfig
 # Dense bf16 peak by GPU name, FLOP/s: the denominator of MFU.
 _PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12}
 
+# The environment variable in which a launcher that restarts jobs (training/elastic.py) tells ranks which attempt it is.
+ATTEMPT = "CRYSTALCODER_ATTEMPT"
+
 
 def is_cuda() -> bool:
     """Whether this process trains on a GPU."""
@@ -78,14 +81,25 @@ def initialize(init_method: str | None = None) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = _store_of_this_attempt(timeout) if init_method is None else None
     dist.init_process_group(
         backend,
-        init_method=init_method or "env://",
+        init_method=None if store is not None else init_method or "env://",
+        store=store,
         rank=rank,
         world_size=world_size,
         timeout=timeout,
         device_id=device() if is_cuda() else None,
     )
+
+
+def _store_of_this_attempt(timeout: timedelta) -> dist.Store | None:
+    """Where this job's ranks meet, apart from those of earlier attempts; None where no launcher counts attempts."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or ATTEMPT not in os.environ:
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    shared = dist.TCPStore(address, port, is_master=False, timeout=timeout)
+    return dist.PrefixStore(f"attempt {os.environ[ATTEMPT]}", shared)
 
 
 def initialize_model_parallel(parallel: ParallelConfig, seed: int = 1234) -> None:

@@ -37,9 +37,6 @@ from megatron.crystalcoder.training.schedules import learning_rate
 from megatron.crystalcoder.training.step import num_micro_batches, start_step
 from megatron.crystalcoder.training.step_reader import StepReader, reads_late
 
-# The exit code of a program that a SIGTERM ended, by the shells' convention.
-EXIT_INTERRUPTED = 128 + signal.SIGTERM
-
 
 @dataclass(frozen=True)
 class TrainResult:

@@ -100,6 +100,11 @@ def parser() -> argparse.ArgumentParser:
     reference.add_argument("--reference-adam", action="store_true", help="Adam's eps added before bias correction")
     reference.add_argument("--reference-init", action="store_true", help="the gate's bias drawn uniformly, not 0")
     top.add_argument("--nproc", type=int, help="ranks to start on this machine; default: --tp x --pp")
+    top.add_argument(
+        "--max-restarts",
+        type=int,
+        help="when a rank dies, go on from the last checkpoint, so many times; default: 3, for a lone rank 0",
+    )
     add_speed_arguments(top.add_argument_group("speed and memory, the result being the same"))
     top.add_argument("overrides", nargs="*", metavar="key.path=value", help="put in place of the file's values")
     return top
@@ -116,6 +121,8 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[Phase]]:
         if options.export_every is None:
             raise InputError("--export-tokenizer needs --export-every: add it, or drop both")
         tokenizer_files(options.export_tokenizer)
+    if options.max_restarts is not None and options.max_restarts < 0:
+        raise InputError(f"--max-restarts {options.max_restarts}: must be at least 0")
     every = options.reference_compat
     reference = ReferenceCompat(
         order=every or options.reference_order,
@@ -171,7 +178,7 @@ def check_before_start(options: argparse.Namespace, phases: Sequence[Phase], wor
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one rank. Exit codes: 2 bad input, 1 the run diverged, 143 a SIGTERM was answered by saving."""
+    """Run one rank. Exit codes: 2 bad input, 3 the run diverged, 143 a SIGTERM was answered by saving."""
     with exit_on_bad_input():
         options, phases = parse(sys.argv[1:] if arguments is None else arguments)
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -201,7 +208,8 @@ def _train(
 ) -> None:
     """The phases that are not finished, one after the other."""
     from megatron.crystalcoder.checkpoint.random_init import RandomWeights
-    from megatron.crystalcoder.training.loop import EXIT_INTERRUPTED, train
+    from megatron.crystalcoder.training.exit_codes import EXIT_DIVERGED, EXIT_INTERRUPTED
+    from megatron.crystalcoder.training.loop import train
     from megatron.crystalcoder.training.phase_report import PhaseReport
     from megatron.crystalcoder.training.step_reader import NonFiniteError
 
@@ -233,7 +241,7 @@ def _train(
             result = train(config, initial_weights=weights, on_checkpoint=on_checkpoint)
         except NonFiniteError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
-            raise SystemExit(1) from None
+            raise SystemExit(EXIT_DIVERGED) from None
         if result.interrupted:
             raise SystemExit(EXIT_INTERRUPTED)
 
