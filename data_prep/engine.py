@@ -120,6 +120,7 @@ def run_step(
     manifest = finished_manifest(out)
     if manifest and manifest["fingerprint"] == fingerprint and not overwrite:
         print(f"{out}: already done with these settings (--overwrite does it again)", file=sys.stderr)
+        shutil.rmtree(out / TASKS, ignore_errors=True)  # left by a run that was killed when all was done
         return manifest
     _claim(out, fingerprint, overwrite=overwrite)
     folder = out / TASKS
