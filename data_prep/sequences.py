@@ -20,16 +20,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import deflate
 import h5py
 import numpy as np
 
 from data_prep.errors import InputError
 from data_prep.provenance import ProvenanceReader, ProvenanceWriter, Span, SpanTable, read_provenance
-
-try:
-    import deflate
-except ImportError:  # an environment from before it was required
-    import data_prep.zlib_deflate as deflate  # type: ignore[no-redef]
 
 PLANES = 3  # token ids, loss mask, labels
 SUFFIX = ".h5"

@@ -10,7 +10,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -140,9 +139,6 @@ def write_texts(folder: Path) -> None:
                 lines.write(json.dumps({"text": text, "set": f"s{document % 2}"}) + "\n")
 
 
-Command = Callable[[Path], list[str]]
-
-
 @pytest.fixture(params=["fim", "shuffle", "split", "partition"])
 def command(request: pytest.FixtureRequest, rows: Path, tokenizer_file: Path, tmp_path: Path) -> list[str]:
     """A step that writes below tmp_path / "out"."""
@@ -173,7 +169,7 @@ def test_killed_here_and_there(command: list[str], tmp_path: Path, repo_root: Pa
 
 @pytest.mark.slow
 def test_killed_at_many_moments(command: list[str], tmp_path: Path, repo_root: Path) -> None:
-    total, kills = killed(tmp_path, 40, command, repo_root)
+    _, kills = killed(tmp_path, 40, command, repo_root)
     assert kills >= 50
     main(command)
     if command[0] in ("fim", "shuffle"):
