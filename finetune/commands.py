@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -138,8 +140,24 @@ def show(
     html: Annotated[Path | None, typer.Option(help="write an HTML page instead")] = None,
 ) -> None:
     """Print rows with the trained tokens coloured (between ⟦ ⟧ where there is no colour)."""
+    reader = load_tokenizer(tokenizer)
+    if tokenizer_of(path) not in (None, reader.fingerprint):
+        print(
+            f"note: {path} was made with another tokenizer.json: where words look odd, give that one", file=sys.stderr
+        )
     if html is not None:
-        write_html(path, load_tokenizer(tokenizer), html, start=start, count=count)
+        write_html(path, reader, html, start=start, count=count)
         print(f"{html}: written")
     else:
-        show_rows(path, load_tokenizer(tokenizer), Console(), start=start, count=count)
+        show_rows(path, reader, Console(), start=start, count=count)
+
+
+def tokenizer_of(path: Path) -> str | None:
+    """Fingerprint of the tokenizer that rows were prepared with, if `prepare.json` lies with them."""
+    for folder in (path, *path.parents[:2]):
+        try:
+            made_with: str = json.loads((folder / PREPARE_FILE).read_text())["settings"]["tokenizer"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        return made_with
+    return None

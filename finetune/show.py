@@ -5,7 +5,7 @@ from __future__ import annotations
 import html as html_text
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -15,20 +15,25 @@ from rich.console import Console
 from rich.text import Text
 
 from data_prep.errors import InputError
+from data_prep.provenance import Span
 from data_prep.sequences import SequenceFile, sequence_files
 from data_prep.tokenizer import Tokenizer
+from finetune.templates import EOS
 
 CONTROL, TRAINED, TRAINED_CONTROL, CONTEXT = "bold blue", "black on green", "bold white on green", "dim"
+ORIGIN = "italic cyan"
 TRAINED_OPEN, TRAINED_CLOSE = "⟦", "⟧"  # around trained text where there is no colour
 
 
 class Run(NamedTuple):
-    """Consecutive tokens of one kind. `begins` is set where a document begins that does not follow from the last."""
+    """Consecutive tokens of one kind. `begins` is set where a document begins behind another, `apart` where it does not
+    follow from that (rows of whole documents)."""
 
     text: str
     trained: bool
     is_control: bool
     begins: bool = False
+    apart: bool = False
 
 
 class Shown(NamedTuple):
@@ -46,8 +51,12 @@ def read_rows(path: Path) -> Iterator[Shown]:
     for file in sequence_files(path):
         with SequenceFile(file) as rows:
             for number, planes in enumerate(rows.rows()):
-                spans = rows.spans(number) or ()
-                yield Shown(planes, tuple(f"{Path(span.path).name} #{span.document + 1}" for span in spans))
+                yield Shown(planes, tuple(map(_origin, rows.spans(number) or ())))
+
+
+def _origin(span: Span) -> str:
+    name = f"{Path(span.path).name} #{span.document + 1}"
+    return f"{name} from its token {span.start + 1} on" if span.start else name
 
 
 def _processed_rows(path: Path) -> Iterator[Shown]:
@@ -68,35 +77,63 @@ def _processed_rows(path: Path) -> Iterator[Shown]:
 def runs(row: np.ndarray, tokenizer: Tokenizer) -> Iterator[Run]:
     """The row's first token and all its labels as runs of text; a label is trained where the loss mask is set.
 
-    Where the next token is not the label (a document begins in a row of whole documents), the token is shown too.
+    Where the next token is not the label (a document begins in a row of whole documents), the token is shown too. What
+    fills a row up is told in one run.
 
     Args:
         row: int32 (3, s): tokens, loss mask, labels.
     """
     controls = set(tokenizer.controls.values())
+    shown = list(_shown_tokens(row, tokenizer))
+    padding = _padding(shown, tokenizer.eos_id)
     pending: list[int] = []
-    kind = (False, False, False)  # trained, control, begins
-    for token, trained, begins in _shown_tokens(row):
+    kind = (False, False, False, False)  # trained, control, begins, apart
+    for token, trained, begins, apart in shown[: len(shown) - padding]:
         new_kind = (trained, token in controls)
         if pending and (new_kind != kind[:2] or begins):
             yield Run(tokenizer.decode(pending), *kind)
             pending = []
         if not pending:
-            kind = (*new_kind, begins)
+            kind = (*new_kind, begins, apart)
         pending.append(token)
     if pending:
         yield Run(tokenizer.decode(pending), *kind)
+    if padding > 1:
+        yield Run(f" [{padding - 1} x {EOS} fill the row]", trained=False, is_control=True)
 
 
-def _shown_tokens(row: np.ndarray) -> Iterator[tuple[int, bool, bool]]:
+class _ShownToken(NamedTuple):
+    token: int
+    trained: bool
+    begins: bool = False
+    apart: bool = False
+
+
+def _shown_tokens(row: np.ndarray, tokenizer: Tokenizer) -> Iterator[_ShownToken]:
     tokens, mask, labels = row.tolist()
-    yield tokens[0], False, False
+    yield _ShownToken(tokens[0], trained=False)
+    before = tokens[0]
     for t, (trained, label) in enumerate(zip(mask, labels, strict=True)):
         follows = t + 1 == len(tokens) or tokens[t + 1] == label
         if follows or trained:
-            yield label, bool(trained), False
+            begins = label == tokenizer.bos_id and before == tokenizer.eos_id
+            yield _ShownToken(label, bool(trained), begins)
+            before = label
         if not follows:
-            yield tokens[t + 1], False, True
+            before = tokens[t + 1]
+            yield _ShownToken(before, trained=False, begins=True, apart=True)
+
+
+def _padding(shown: Sequence[_ShownToken], eos_id: int) -> int:
+    """How many of the last tokens only fill the row: untrained `</s>` behind a document's own."""
+    count = 0
+    for token, trained, *_ in reversed(shown):
+        if token != eos_id:
+            return max(count - 1, 0)  # the first of them ends a document whose last answer is not trained
+        if trained:
+            return count
+        count += 1
+    return max(count - 1, 0)
 
 
 def show(path: Path, tokenizer: Tokenizer, console: Console, *, start: int, count: int) -> None:
@@ -107,19 +144,39 @@ def show(path: Path, tokenizer: Tokenizer, console: Console, *, start: int, coun
     """
     has_colour = console.color_system is not None
     for number, (row, origins) in _chosen(path, start, count):
-        console.rule(_title(number, row))
-        if origins:
-            console.print(Text("from " + ", ".join(origins), CONTEXT), soft_wrap=True)
+        console.rule(_title(number, row), style=CONTEXT)
+        console.print(_legend(has_colour), soft_wrap=True)
+        shown = list(runs(row, tokenizer))
+        labels, unplaced = _labels(shown, origins)
+        if unplaced:
+            console.print(Text(unplaced, CONTEXT), soft_wrap=True)
         text = Text()
-        for run in runs(row, tokenizer):
-            if run.begins:
-                text.append("\n")
+        for run in shown:
+            if run is shown[0] or run.begins:
+                text.append("" if run is shown[0] else "\n")
+                if label := next(labels, ""):
+                    text.append(f"-- {label}\n", ORIGIN)
             if has_colour:
                 style = (TRAINED_CONTROL if run.trained else CONTROL) if run.is_control else ""
                 text.append(run.text, style or (TRAINED if run.trained else CONTEXT))
             else:
                 text.append(f"{TRAINED_OPEN}{run.text}{TRAINED_CLOSE}" if run.trained else run.text)
         console.print(text, soft_wrap=True)
+
+
+def _legend(has_colour: bool) -> Text:
+    if not has_colour:
+        return Text(f"{TRAINED_OPEN}trained{TRAINED_CLOSE}: what the model learns to write; the rest is context")
+    styles = (("trained", TRAINED), ("control token", CONTROL), ("trained control token", TRAINED_CONTROL))
+    parts: list[tuple[str, str]] = [part for name, style in styles for part in ((name, style), ("  ", ""))]
+    return Text.assemble(*parts, ("context", CONTEXT))
+
+
+def _labels(shown: Sequence[Run], origins: Sequence[str]) -> tuple[Iterator[str], str]:
+    """What to write above each document, and what to write above the row where documents cannot be told apart."""
+    if len(origins) == 1 + sum(run.begins for run in shown):
+        return iter(origins), ""
+    return iter(()), "from " + ", ".join(origins) if origins else ""
 
 
 def _chosen(path: Path, start: int, count: int) -> Iterator[tuple[int, Shown]]:
@@ -146,7 +203,8 @@ hr {{ border: 0; border-top: 1px dashed #999 }} small {{ color: #777 }}
 <h1>{title}</h1>
 <p><span class="trained">trained</span> text is what the model learns to write;
 <span class="control">control tokens</span> are the chat format's;
-a dashed line is where a document begins that does not see the one before.</p>
+a dashed line is where a document begins that does not follow from the one before, so that
+<code>--isolate-documents</code> keeps the two apart.</p>
 """
 
 
@@ -162,12 +220,16 @@ def write_html(path: Path, tokenizer: Tokenizer, target: Path, *, start: int, co
             page.write(_PAGE.format(title=html_text.escape(f"Rows of {path}")))
             for number, (row, origins) in _chosen(path, start, count):
                 page.write(f"<h2>{_title(number, row)}</h2>\n")
-                if origins:
-                    page.write(f"<small>from {html_text.escape(', '.join(origins))}</small>\n")
+                shown = list(runs(row, tokenizer))
+                labels, unplaced = _labels(shown, origins)
+                if unplaced:
+                    page.write(f"<small>{html_text.escape(unplaced)}</small>\n")
                 page.write("<pre>")
-                for run in runs(row, tokenizer):
+                for run in shown:
                     if run.begins:
-                        page.write("<hr>")
+                        page.write("<hr>" if run.apart else "\n")
+                    if (run is shown[0] or run.begins) and (label := next(labels, "")):
+                        page.write(f"<small>{html_text.escape(label)}</small>\n")
                     page.write(_span(run))
                 page.write("</pre>\n")
             page.write("</body></html>\n")

@@ -16,7 +16,7 @@ from finetune.chat_format import ChatFormat
 from finetune.commands import report
 from finetune.prepare import PrepareOptions, prepare
 from finetune.recipe import SourceSettings, parse_source, read_recipe
-from finetune.show import show, write_html
+from finetune.show import runs, show, write_html
 from tools.cli import main
 
 LENGTH = 64
@@ -127,7 +127,8 @@ def test_long_conversations_are_counted(
     tmp_path: Path, tokenizer, capsys: pytest.CaptureFixture[str], packing, long, counts: dict[str, int], chats: int
 ) -> None:
     """Two short ones and a repetition; one of too many turns, one of a too long answer; a long text."""
-    long_turns = [turn for k in range(4) for turn in exchange(f"ask {k}", "so " * 20)]
+    words = next(n for n in range(100) if len(tokenizer.encode("so " * n)) > 36)  # two such answers fill no row
+    long_turns = [turn for k in range(4) for turn in exchange(f"ask {k}", "so " * words)]
     records = [{"messages": exchange("ask", f"say {k}")} for k in (0, 1, 1)]
     records += [{"messages": long_turns}, {"messages": exchange("tell", "on " * 200)}, {"text": "la " * 80}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
@@ -318,7 +319,8 @@ def test_html_shows_what_is_trained(tmp_path: Path, tokenizer) -> None:
     assert '<span class="trained">&lt;b&gt;&amp; .</span><span class="trained control">&lt;/s&gt;</span>' in page
     assert "<b>&" not in page
     assert page.count("<hr>") == 1
-    assert "from a.jsonl #1, a.jsonl #2" in page
+    assert "<small>a.jsonl #1</small>" in page
+    assert page.index("<hr>") < page.index("<small>a.jsonl #2</small>")
     with pytest.raises(InputError, match="has no row 7"):
         write_html(tmp_path / "rows", tokenizer, tmp_path / "other.html", start=7, count=1)
     assert not (tmp_path / "other.html").exists()
@@ -326,7 +328,32 @@ def test_html_shows_what_is_trained(tmp_path: Path, tokenizer) -> None:
 
     console = Console(record=True, width=100, color_system=None)
     show(tmp_path / "rows", tokenizer, console, start=0, count=1)
-    assert "⟦two .⟧⟦</s>⟧" in console.export_text()
+    said = console.export_text()
+    padding = int((rows_of(tmp_path / "rows")[0][0][0] == tokenizer.eos_id).sum()) - 2
+    assert f"⟦two .⟧⟦</s>⟧ [{padding} x </s> fill the row]" in said
+    assert "-- a.jsonl #1\n<s>" in said
+    assert "-- a.jsonl #2\n<s>" in said
+
+
+def test_every_token_of_a_row_is_shown(tmp_path: Path, tokenizer) -> None:
+    """But for the filling, and a whole document's last label, which stands for none; in rows of both kinds, whatever is
+    trained. Planted: the token that begins a document left out -> fails."""
+    turns = [("user", "u"), ("assistant", "one"), ("user", "v"), ("assistant", "two")]
+    records = [{"messages": [{"role": r, "content": f"{c} {k}"} for r, c in turns]} for k in range(9)]
+    records[0]["messages"][-1]["weight"] = 0  # its end is not trained either
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    for packing in ("concatenate", "best-fit"):
+        for train in ("assistant", "all"):
+            options = replace(BEST_FIT, packing=packing, chat_format=ChatFormat(train=train))
+            prepare([SourceSettings(tmp_path / "a.jsonl")], tmp_path / "rows", tokenizer, options)
+            for planes, spans in rows_of(tmp_path / "rows"):
+                found = list(runs(planes, tokenizer))
+                text = "".join(run.text for run in found).split(" [")[0]
+                whole = tokenizer.decode([*planes[0].tolist(), int(planes[2, -1])])
+                whole = whole.rstrip("</s>") + "</s>" if whole.endswith("</s></s>") else whole
+                assert text.replace(" ", "") == whole.replace(" ", "")
+                assert sum(run.begins for run in found) == len(spans) - 1
+                assert sum(run.apart for run in found) == (len(spans) - 1 if packing == "best-fit" else 0)
 
 
 def test_code_alpaca_is_packed_tight(shared: Path, tmp_path: Path) -> None:
