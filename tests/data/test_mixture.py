@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from pathlib import Path
 
@@ -90,6 +91,13 @@ def test_proportions_of_a_long_run() -> None:
     order = make_mixture(PHASE_1, LENGTHS)
     tags, _ = order.draws(np.arange(160_000))
     assert np.abs(np.bincount(tags) / 160_000 - np.array(PHASE_1) / sum(PHASE_1)).max() < 1e-3
+
+
+@pytest.mark.parametrize(("shuffle", "digest"), [(False, "207c08dc0cf08d92"), (True, "b9c0c518e6543d11")])
+def test_an_order_stays_what_it_was(shuffle: bool, digest: str) -> None:
+    """The first 100,000 rows, for ever, whatever machine and library versions: a run can be continued years later."""
+    rows = make_mixture(PHASE_1, LENGTHS, shuffle=shuffle).at(np.arange(100_000))
+    assert hashlib.blake2b(rows.astype("<i8").tobytes(), digest_size=8).hexdigest() == digest
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

@@ -122,6 +122,24 @@ def test_sizes_stay_put_with_mup_alone_and_do_not_depend_on_the_layout(repo_root
 
 
 @pytest.mark.slow
+def test_activations_are_flat_with_mup_alone(repo_root: Path, data_root: Path, tmp_path: Path) -> None:
+    """`coord-check` at widths 128 to 512, mean of three seeds: every |slope| of an activation below 0.05 with muP, as
+    the command's exit code says too; without it the last layer's parts rise. Of all logits' mean size see docs/mup.md.
+    """
+    arguments = ["--params", "params/tiny/phase1.yaml", "--data_root", str(data_root), "--out", str(tmp_path), *SMALL]
+    arguments += ["--widths", "128,256,512", "--seeds", "3", "--steps", "3"]
+    checked = subprocess.run(
+        [sys.executable, "-m", "tools.cli", "coord-check", *arguments], cwd=repo_root, capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    slopes = json.loads((tmp_path / "coord-check.json").read_text())["slopes"]
+    for module, steps in slopes["activation"]["mup"].items():
+        assert module == "logits" or max(map(abs, steps)) < 0.05, module
+    without = slopes["activation"]["sp"]
+    assert min(without[module][-1] for module in ("layer 2 attention", "layer 2 MLP", "token loss")) > 0.1
+
+
+@pytest.mark.slow
 def test_the_commands(repo_root: Path, data_root: Path, tmp_path: Path) -> None:
     """Both write their numbers and plot; mutransfer's are finite and learnt. A wrong width is one line."""
     common = ["--params", "params/tiny/phase1.yaml", "--data_root", str(data_root), "--out", str(tmp_path), *SMALL]

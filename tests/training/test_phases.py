@@ -97,6 +97,42 @@ def test_a_phase_begins_with_the_weights_alone(data_root: Path, finished: dict[s
     assert record["phase"] == 2
 
 
+def at_layouts(repo_root: Path, data_root: Path, steps: int, layouts: dict[str, list[str]]) -> list[str | None]:
+    """Phases 1 to 3 at each layout of as many ranks as this process group has; the refusals."""
+    common = [f"runconfig.max_steps={steps}", f"runconfig.checkpoint_steps={steps}", "--phases", "1,2,3"]
+    return [run([*arguments_for(repo_root, data_root, out, *more), *common]) for out, more in layouts.items()]
+
+
+def losses(data_root: Path, out: str) -> np.ndarray:
+    return np.array([column(data_root / f"{out}/phase{number}", "lm_loss") for number in (1, 2, 3)])
+
+
+def test_losses_of_all_phases_do_not_depend_on_the_layout(
+    repo_root: Path, data_root: Path, finished: dict[str, Any]
+) -> None:
+    """Six steps of each phase at PP2, and on two data-parallel ranks, against one rank; the slow test goes further."""
+    two = {"pp2": ["--pp", "2"], "dp2": ["--use-distributed-optimizer", "--micro-batch-size", "2"]}
+    assert run_on_ranks(2, at_layouts, repo_root, data_root, 6, two)[0] == [None, None]
+    for out in two:
+        assert np.abs(losses(data_root, out) - losses(data_root, "once")).max() < 1e-4
+
+
+@pytest.mark.slow
+def test_twenty_steps_of_all_phases_at_four_layouts(repo_root: Path, data_root: Path) -> None:
+    """The trajectory of 1 -> 2 -> 3 on one rank, at TP2, at TP2/PP2 with sequence parallelism, and at DP2, to 1e-4."""
+    run_on_ranks(1, at_layouts, repo_root, data_root, 20, {"one": []})
+    two = {"tp2": ["--tp", "2"], "dp2-long": ["--use-distributed-optimizer"]}
+    four = {"tp2-pp2": ["--tp", "2", "--pp", "2", "--sequence-parallel"]}
+    assert run_on_ranks(2, at_layouts, repo_root, data_root, 20, two)[0] == [None, None]
+    assert run_on_ranks(4, at_layouts, repo_root, data_root, 20, four)[0] == [None]
+    one = losses(data_root, "one")
+    assert one.shape == (3, 20)
+    for out in (*two, *four):
+        difference = np.abs(losses(data_root, out) - one).max()
+        print(f"{out}: {difference:.1e}")
+        assert difference < 1e-4
+
+
 def test_tokens_of_each_phase_and_dataset_are_told(data_root: Path, finished: dict[str, Any]) -> None:
     """Planned and consumed, at the end alike, in the directory of all and in that of each phase."""
     for out in ("once", "parts"):
