@@ -144,17 +144,19 @@ def test_dry_run(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
     before = contents(root / "raw/SlimPajama-627B"), sorted(root.iterdir())
-    main(["build", str(recipe), "--root", str(root), "--dry-run"])
+    main(["build", str(recipe), "--root", str(root), "--dry-run", "--processes", "4"])
     lines = capsys.readouterr().out.splitlines()
     assert [" ".join(line.split("crystalcoder")[0].split()) for line in lines[:5]] == [
-        "1 to do 2.00 GB -> ~6.00 GB",
-        "2 to do ~3.00 GB -> ~2.70 GB",  # two folders within jsonl, taken as equal; two epochs
-        "3 to do ~3.00 GB -> ~2.70 GB",
-        "4 to do ~5.40 GB -> ~5.40 GB",
+        "1 to do 2.00 GB -> ~6.00 GB ~10 s",
+        "2 to do ~3.00 GB -> ~2.70 GB ~2.5 min",  # two folders within jsonl, taken as equal; two epochs
+        "3 to do ~3.00 GB -> ~2.70 GB ~2.5 min",
+        "4 to do ~5.40 GB -> ~5.40 GB ~23 s",
         "5 to do ~5.40 GB -> ~0.00 MB",
     ]
     assert lines[0].endswith("crystalcoder data parquet2jsonl raw/starcoderdata --out jsonl")
     assert lines[5].startswith("to be written: ~16.80 GB; free here: ")
+    assert lines[6].startswith("time: ~5.5 min with --processes 4 (here are ")
+    assert "tokenize 15" in lines[6]
     assert (contents(root / "raw/SlimPajama-627B"), sorted(root.iterdir())) == before
     (root / "tokenizer.json").unlink()
     main(["build", str(recipe), "--root", str(root), "--dry-run"])
