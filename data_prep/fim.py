@@ -125,7 +125,7 @@ class RowFim:
     def __init__(self, tokenizer: Tokenizer, settings: FimSettings) -> None:
         self.tokenizer = tokenizer
         self.settings = settings
-        self.counts: Counter[str] = Counter()  # texts, texts transformed, tokens that found no room
+        self.counts: Counter[str] = Counter()  # texts, texts transformed, padding, tokens that found no room
         self._cuts = TokenCuts(tokenizer)
 
     def __call__(self, row: np.ndarray, *key: str | int) -> np.ndarray:
@@ -165,7 +165,9 @@ class RowFim:
                 break
             parts.append(ending)
             room -= sum(map(len, part)) + len(ending)
-        return padded_row(np.concatenate(parts), length, self.tokenizer.fim_ids.pad)
+        result = np.concatenate(parts)
+        self.counts["padding"] += length + 1 - len(result)
+        return padded_row(result, length, self.tokenizer.fim_ids.pad)
 
     def _check(self, stream: np.ndarray, key: Sequence[str | int]) -> None:
         fim = self.tokenizer.fim_ids

@@ -88,6 +88,7 @@ def fim_files(
         "reference_groups": reference_groups,
         "folders": [source.folder for source in sources],
         "tokenizer": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size_with_fim,
         "inputs": [input_identity(path) for path, _ in files],
     }
     work = fim_file if reference_groups is None else fim_file_like_reference

@@ -114,6 +114,7 @@ def tokenize_corpus(
     ]
     settings = asdict(options) | {
         "tokenizer": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size_with_fim,
         "inputs": [{"name": source.name, **input_identity(source.path)} for source in sources],
     }
     tasks = [Task(f"{shard.folder or 'shard'}_{shard.number}", shard) for shard in shards]

@@ -116,6 +116,12 @@ class Tokenizer:
             raise InputError(f"{self.path}: has FIM tokens, but no {', '.join(missing)}: add them to its added_tokens")
         return FimIds(*(number for number in found if number is not None))
 
+    @property
+    def vocab_size_with_fim(self) -> int:
+        """One more than the largest id that a sequence may hold: the fill-in-the-middle ids may lie behind the last."""
+        fim = self.fim_ids
+        return max(self.vocab_size, 1 + max(fim.prefix, fim.middle, fim.suffix, fim.pad))
+
     def encode(self, text: str) -> list[int]:
         """Ids of a whole text: no begin, no end, no control tokens; "" gives []."""
         ids: list[int] = self.encode_array(text).tolist()

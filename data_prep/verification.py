@@ -1,8 +1,9 @@
 """Prove sequences: `crystalcoder data verify PATH` reads every row and names everything that is wrong.
 
-Of each row: ids in range, a loss mask of 0 and 1, labels that are the following tokens. Of a step's folder, against its
-manifest: the files and no others, their rows, a checksum over all rows that no lost, doubled or damaged row leaves as
-it was; and for a shuffle, that it holds exactly the rows of its inputs, as far as they are still there.
+Of each row: ids in range, a loss mask of 0 and 1, labels that are the following tokens; where packing made it, no
+position without loss before one with it. Of a step's folder, against its manifest: the files and no others, their rows,
+a checksum over all rows that no lost, doubled or damaged row leaves as it was, the counts of rows and of padding; and
+for a shuffle, that it holds exactly the rows of its inputs, as far as they are still there.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from data_prep.sequences import CHECKSUM_RANGE, SequenceFile, row_checksum, sequ
 ROWS_LISTED = 20
 
 
-def faults_of(row: np.ndarray, vocab_size: int | None = None) -> list[str]:
-    """What is wrong with one sequence (3, L); [] if it is well formed."""
+def faults_of(row: np.ndarray, vocab_size: int | None = None, *, is_packed: bool = False) -> list[str]:
+    """What is wrong with one sequence (3, L); [] if it is well formed. `is_packed`: padding is only at its end."""
     tokens, mask, labels = row
     faults = []
     if not np.isin(mask, (0, 1)).all():
@@ -31,6 +32,8 @@ def faults_of(row: np.ndarray, vocab_size: int | None = None) -> list[str]:
     smallest, largest = int(min(tokens.min(), labels.min())), int(max(tokens.max(), labels.max()))
     if smallest < 0 or (vocab_size is not None and largest >= vocab_size):
         faults.append(f"ids from {smallest} to {largest}" + (f", {vocab_size} are known" if vocab_size else ""))
+    if is_packed and len(holes := np.flatnonzero(np.diff(mask) > 0)):
+        faults.append(f"position {holes[0]}: loss mask 0, but the next position counts")
     # Up to the last position that counts, every label that counts is the token that follows.
     counted = np.flatnonzero(mask)
     before_last = counted[:-1]
@@ -50,15 +53,17 @@ def verify(path: Path, vocab_size: int | None = None) -> list[str]:
     manifest = finished_manifest(path) if path.is_dir() else None
     faults: list[str] = []
     found: dict[str, dict[str, Any]] = {}
+    settings = manifest["settings"] if manifest else {}
+    vocab_size = vocab_size or settings.get("vocab_size")
+    is_packed = manifest is not None and _is_packed(manifest)
     for name in sequence_files(path, recursive=True):
         try:
-            rows, checksum, file_faults = _verify_file(name, vocab_size)
+            found_there, file_faults = _verify_file(name, vocab_size, is_packed=is_packed)
         except InputError as error:
             faults.append(str(error))
             continue
         faults += file_faults
-        key = name.relative_to(path).as_posix() if path.is_dir() else name.name
-        found[key] = {"rows": rows, "checksum": f"{checksum:016x}"}
+        found[name.relative_to(path).as_posix() if path.is_dir() else name.name] = found_there
     if path.is_dir():
         faults += [f"{p}: is incomplete: run the step again" for p in sorted(path.rglob("*.partial"))]
         if (path / ".tasks").exists():
@@ -68,20 +73,29 @@ def verify(path: Path, vocab_size: int | None = None) -> list[str]:
     return faults
 
 
-def _verify_file(path: Path, vocab_size: int | None) -> tuple[int, int, list[str]]:
-    faults, checksum = [], 0
+def _is_packed(manifest: dict[str, Any]) -> bool:
+    """Whether the step has packed its rows itself, and not taken their loss mask as it was."""
+    settings = manifest["settings"]
+    if manifest["step"] == "fim":
+        return settings["rate"] > 0 and settings["reference_groups"] is None
+    return bool(manifest["step"] == "tokenize")
+
+
+def _verify_file(path: Path, vocab_size: int | None, *, is_packed: bool) -> tuple[dict[str, Any], list[str]]:
+    faults, checksum, padding = [], 0, 0
     with SequenceFile(path) as file:
         with h5py.File(path) as plain:
             stated = plain.attrs.get("n_examples")
         if stated != len(file):
             faults.append(f"{path}: n_examples is {stated}, there are {len(file)} rows")
-        for number in range(len(file)):
-            checksum = (checksum + row_checksum(file.read_compressed(number))) % CHECKSUM_RANGE
-            for fault in faults_of(file[number], vocab_size):
+        for number, (chunk, row) in enumerate(zip(file.compressed(), file.rows(), strict=True)):
+            checksum = (checksum + row_checksum(chunk)) % CHECKSUM_RANGE
+            padding += int(np.count_nonzero(row[1] == 0))
+            for fault in faults_of(row, vocab_size, is_packed=is_packed):
                 faults.append(f"{path}: row {number}: {fault}")
         if len(faults) > ROWS_LISTED:
             faults = [*faults[:ROWS_LISTED], f"{path}: and {len(faults) - ROWS_LISTED} more"]
-        return len(file), checksum, faults
+        return {"rows": len(file), "checksum": f"{checksum:016x}", "padding": padding}, faults
 
 
 def _against_manifest(path: Path, manifest: dict[str, Any], found: dict[str, dict[str, Any]]) -> list[str]:
@@ -96,6 +110,10 @@ def _against_manifest(path: Path, manifest: dict[str, Any], found: dict[str, dic
             for key, what in (("rows", "rows"), ("checksum", "a checksum of the rows of")):
                 if stated[name][key] != found[name][key]:
                     faults.append(f"{path / name}: has {what} {found[name][key]}, not {stated[name][key]} as stated")
+    for name, key in (("sequences", "rows"), ("padding", "padding")):
+        total = sum(file[key] for file in found.values())
+        if stated.keys() == found.keys() and manifest["counts"].get(name, total) != total:
+            faults.append(f"{path}: has {name} {total}, the manifest counts {manifest['counts'][name]}")
     if manifest["step"] == "shuffle" and not faults:
         inputs = [Path(entry["path"]) for entry in manifest["settings"]["inputs"]]
         if all(p.exists() for p in inputs) and _total(inputs) != _sum(file["checksum"] for file in found.values()):
@@ -107,7 +125,7 @@ def _total(files: Iterable[Path]) -> int:
     total = 0
     for path in files:
         with SequenceFile(path) as file:
-            total += sum(row_checksum(file.read_compressed(number)) for number in range(len(file)))
+            total += sum(map(row_checksum, file.compressed()))
     return total % CHECKSUM_RANGE
 
 

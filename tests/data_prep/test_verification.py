@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -87,6 +88,86 @@ def test_files_are_compared(folder: Path) -> None:
     content = (folder / "data-00000.h5").read_bytes()
     (folder / "data-00000.h5").write_bytes(content[: len(content) // 2])
     assert "not a readable HDF5" in verify(folder)[0]
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, tokenizer_file: Path) -> Path:
+    """A folder of tokenised rows, the last of them padded, and one of these after FIM."""
+    (tmp_path / "texts.jsonl").write_text('{"text": "the quick brown fox jumps over the lazy dog"}\n' * 20)
+    common = ["--tokenizer", str(tokenizer_file)]
+    main(["tokenize", str(tmp_path / "texts.jsonl"), "--out", str(tmp_path / "tok"), *common, "--max-seq-length", "64"])
+    main(["fim", str(tmp_path / "tok"), "--out", str(tmp_path / "fim"), *common, "--rate", "0.5"])
+    assert verify(tmp_path / "tok") == verify(tmp_path / "fim") == []
+    return tmp_path
+
+
+def hole(rows: np.ndarray) -> np.ndarray:
+    rows[1, 1, 4] = 0
+    return rows
+
+
+def one_label(rows: np.ndarray) -> np.ndarray:
+    rows[1, 2, 4] += 1
+    return rows
+
+
+def too_large(rows: np.ndarray) -> np.ndarray:
+    rows[0, 0, 7] = rows[0, 2, 6] = 4000
+    return rows
+
+
+def unpadded(rows: np.ndarray) -> np.ndarray:
+    rows[-1, 1] = 1
+    return rows
+
+
+def doubled(rows: np.ndarray) -> np.ndarray:
+    return np.concatenate([rows[:2], rows[1:2], rows[3:]])
+
+
+@pytest.mark.parametrize("step", ["tok/examples_0_0.h5", "fim/epoch_0/examples_0_0.h5"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (hole, "examples_0_0.h5: row 1: position 4: loss mask 0, but the next position counts"),
+        (one_label, "examples_0_0.h5: row 1: position 4: label "),
+        (too_large, "4000, 4"),
+        (unpadded, ": has padding "),
+        (doubled, "examples_0_0.h5: has a checksum of the rows of "),
+        (lambda rows: rows[1:], ": has sequences "),
+    ],
+)
+def test_damage_of_packed_rows(prepared: Path, step: str, change: Callable, message: str) -> None:
+    """Planted: each check left out in turn (`is_packed` False, no vocab_size, no counts) -> its fault is missing."""
+    rewrite(prepared / step, change)
+    assert message in "\n".join(verify(prepared / step.split("/")[0]))
+
+
+def test_damage_that_h5py_does_not_see(prepared: Path) -> None:
+    """A count that is wrong, a row that does not inflate, a step that is not finished, rows of another file."""
+    path = prepared / "tok/examples_0_0.h5"
+    whole = path.read_bytes()
+    with h5py.File(path, "a") as file:
+        file.attrs["n_examples"] = 3
+    assert "examples_0_0.h5: n_examples is 3, there are " in verify(prepared / "tok")[0]
+    with SequenceFile(path) as file_:
+        chunk = file_.read_compressed(2)
+    path.write_bytes(whole.replace(chunk, b"\0" * len(chunk)))
+    assert "examples_0_0.h5: row 2 is damaged" in verify(prepared / "tok")[0]
+    path.write_bytes(whole)
+    assert verify(prepared / "tok") == []
+    (prepared / "tok/.tasks").mkdir()
+    assert verify(prepared / "tok") == [f"{prepared / 'tok'}: the step is not finished: run it again"]
+
+
+def test_rows_in_the_wrong_file(folder: Path) -> None:
+    """A row that changed places with one of another file: all are there once, and both files are named."""
+    first, second = folder / "data-00000.h5", folder / "data-00001.h5"
+    one, other = (np.stack(list(SequenceFile(path).rows())) for path in (first, second))
+    rewrite(first, lambda rows: np.concatenate([other[:1], rows[1:]]))
+    rewrite(second, lambda rows: np.concatenate([one[:1], rows[1:]]))
+    faults = verify(folder)
+    assert ["data-00000.h5: has a checksum" in faults[0], "data-00001.h5: has a checksum" in faults[1]] == [True, True]
 
 
 def test_rows_of_conversations_are_well_formed() -> None:
