@@ -10,7 +10,7 @@ from importlib import import_module
 
 from data_prep.errors import EXIT_BAD_INPUT
 
-BENCHES = ("data_tokenize", "data_parquet", "data_fim", "data_shuffle", "reading", "convert", "train")
+BENCHES = ("data_tokenize", "data_parquet", "data_fim", "data_shuffle", "finetune", "reading", "convert", "train")
 
 
 def main(names: list[str]) -> None:
