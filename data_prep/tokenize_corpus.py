@@ -102,8 +102,8 @@ def tokenize_corpus(
     pad = options.pad_id
     if pad is not None and not 0 <= pad < tokenizer.vocab_size and pad != tokenizer.fim_ids.pad:
         raise InputError(f"--pad_id {pad}: {tokenizer.path} has the ids 0 to {tokenizer.vocab_size - 1}")
-    if options.fim:
-        tokenizer.fim_ids  # noqa: B018 - if they are not complete, it stops here and not in a worker
+    # If the FIM ids are not complete, it stops here and not in a worker.
+    vocab_size = tokenizer.vocab_size_with_fim if options.fim else max(tokenizer.vocab_size, 1 + (pad or 0))
     sources = discover(inputs, options.text_suffixes)
     found = replace(options, tokenizer=str(tokenizer.path))
     groups = list(group_by_size(sources, options.shard_bytes))
@@ -114,7 +114,7 @@ def tokenize_corpus(
     ]
     settings = asdict(options) | {
         "tokenizer": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size_with_fim,
+        "vocab_size": vocab_size,
         "inputs": [{"name": source.name, **input_identity(source.path)} for source in sources],
     }
     tasks = [Task(f"{shard.folder or 'shard'}_{shard.number}", shard) for shard in shards]
