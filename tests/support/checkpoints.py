@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron.crystalcoder.checkpoint.hf_config import hf_values
@@ -23,9 +24,10 @@ def save_hf(
     *,
     shards: int = 3,
     buffers: bool = True,
+    kind: Literal["bin", "safetensors"] = "bin",
     **config_values: Any,
 ) -> Path:
-    """A `.bin` checkpoint: sharded with an index (or one file), with the buffers that old transformers stored."""
+    """A checkpoint: sharded with an index (or one file), with the buffers that old transformers stored."""
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps({**hf_values(config), "model_type": "crystalcoder", **config_values}))
     stored = dict(weights)
@@ -33,17 +35,18 @@ def save_hf(
         for i in range(config.num_layers):
             stored[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.uint8).tril()
             stored[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    stem, save = ("pytorch_model", torch.save) if kind == "bin" else ("model", save_file)
     if shards == 1:
-        torch.save(stored, path / "pytorch_model.bin")
+        save(stored, path / f"{stem}.{kind}")
         return path
     names = list(stored)
     weight_map = {}
     for shard in range(shards):
-        file = f"pytorch_model-{shard + 1:05d}-of-{shards:05d}.bin"
+        file = f"{stem}-{shard + 1:05d}-of-{shards:05d}.{kind}"
         mine = names[shard * len(names) // shards : (shard + 1) * len(names) // shards]
-        torch.save({name: stored[name] for name in mine}, path / file)
+        save({name: stored[name] for name in mine}, path / file)
         weight_map |= dict.fromkeys(mine, file)
-    (path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (path / f"{stem}.{kind}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return path
 
 
