@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from data_prep.errors import InputError
+from megatron.crystalcoder.checkpoint.blocks import Files, Scratch, Stored, pieces, read_piece
 from megatron.crystalcoder.checkpoint.convert import convert
 from megatron.crystalcoder.checkpoint.open import open_checkpoint
 from megatron.crystalcoder.checkpoint.torch_dist_reader import open_optimizer
@@ -41,6 +42,17 @@ def _go_on(folder: Path) -> None:
     _train(folder / "rows.jsonl", folder / "other", parallel=PP2)
 
 
+def _padding_values(stored: Stored) -> np.ndarray:
+    """The stored values that pad a tensor, as they are on disk."""
+    with Files() as files:
+        parts = [
+            read_piece(files, piece, Scratch(), stored.dtype.itemsize).ravel()
+            for block in stored.padding
+            for piece in pieces(block, block.rows, stored.dtype.itemsize)
+        ]
+    return np.concatenate(parts) if parts else np.empty(0)
+
+
 def test_training_goes_on_at_another_layout(tmp_path: Path) -> None:
     """From TP2 to PP2 after five of ten steps: the same losses as in one go."""
     write_rows(tmp_path / "rows.jsonl")
@@ -59,7 +71,20 @@ def test_training_goes_on_at_another_layout(tmp_path: Path) -> None:
     run_on_ranks(2, _go_on, tmp_path)
     assert np.abs(column(tmp_path / "other", "lm_loss") - whole[5:]).max() < 2e-5
 
-    # The padded model is the same model, and its padding is zero at the end, or this would refuse.
+    # The padded model is the same model, and its padding is zero at the end: Adam with weight decay left weights and
+    # moments there alone. What is not zero would be refused.
+    padded = open_checkpoint(tmp_path / "padded")
+    sets = {"": padded.weights, **open_optimizer(padded.folder, padded.config)}
+    assert len(sets) == 4
+    for prefix, weights in sets.items():
+        sizes = [_padding_values(stored) for stored in weights.stored.values()]
+        # Gate and linear branch with their biases, and the output matrix: 8 rows each, in 4 layers.
+        assert [values.size for values in sizes if values.size] == [8 * 64, 8 * 64, 8, 8, 8 * 64] * 4, prefix
+        assert not any(values.any() for values in sizes), prefix
+    convert(tmp_path / "padded", tmp_path / "trimmed", format="torch_dist", tensor_parallel=1)
+    trimmed = open_checkpoint(tmp_path / "trimmed")
+    assert (trimmed.config, trimmed.iteration) == (TINY, 10)
+    assert len(open_optimizer(trimmed.folder, trimmed.config)) == 3
     assert np.abs(column(tmp_path / "padded", "lm_loss") - whole).max() < 2e-5
     convert(tmp_path / "padded", tmp_path / "hf", format="hf")
     convert(tmp_path / "whole", tmp_path / "hf_whole", format="hf")

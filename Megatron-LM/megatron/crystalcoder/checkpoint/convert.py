@@ -229,6 +229,7 @@ def _lay_out(
         converted=not is_run,
         iteration=iteration,
         use_mcore_models=format != "legacy",
+        ckpt_format="torch_dist" if format == "torch_dist" else "torch",
         transformer_impl="transformer_engine" if fused_norms else "local",
         **layout_args(layout),
     )
@@ -251,7 +252,7 @@ def _run_state(checkpoint: Checkpoint, args: argparse.Namespace) -> dict[str, An
     recorded = {k: v for k, v in vars(checkpoint.args).items() if k not in own and not isinstance(v, Inert)}
     for name in ("consumed_train_samples", "consumed_valid_samples", "seq_length"):
         recorded[name] = getattr(checkpoint.args, name, own[name])
-    own.update(recorded, has_rng_state=False)
+    own.update(recorded, has_rng_state=False, no_save_rng=True)
     common = describe_torch(checkpoint.folder / COMMON)
     return {key: common[key] for key in ("optimizer", "opt_param_scheduler", "content_metadata") if key in common}
 

@@ -24,6 +24,7 @@ from megatron.crystalcoder.checkpoint.directory import rank_file
 from megatron.crystalcoder.checkpoint.hf_reader import weight_files
 from megatron.crystalcoder.checkpoint.open import Checkpoint
 from megatron.crystalcoder.checkpoint.torch_dist_reader import read_metadata
+from megatron.crystalcoder.checkpoint.window import opened
 from megatron.crystalcoder.model.config import ModelConfig
 
 Weight = Callable[[str], Tensor]  # a tensor by its name in the Hugging Face or megatron-core model, in fp32
@@ -261,23 +262,27 @@ def _torch_dist_weight(checkpoint: Checkpoint) -> Weight:
             layer, key = int(number), f"decoder.layers.{rest}"
         key = key if key in entries else _fused(key)
         entry: Any = entries[key]
-        full = torch.full(entry.size if layer is None else entry.size[1:], float("nan"))
+        shape = entry.size if layer is None else entry.size[1:]
+        full = None
         for index, info in metadata.storage_data.items():
             if index.fqn != key:
                 continue
             offsets = list(index.offset)
             if layer is not None and offsets[0] > layer:
                 continue
-            with (checkpoint.folder / info.relative_path).open("rb") as stream:
-                stream.seek(info.offset)
-                piece = None
-                if layer is None or offsets[0] == layer or len(entry.chunks) < entry.size[0]:
-                    piece = torch.load(io.BytesIO(stream.read(info.length)), weights_only=True)
+            piece = None
+            if layer is None or offsets[0] == layer or len(entry.chunks) < entry.size[0]:
+                with opened(checkpoint.folder / info.relative_path, info.offset, info.length) as part:
+                    piece = torch.load(io.BufferedReader(part, 1 << 20), weights_only=True)
             if piece is None or (layer is not None and layer >= offsets[0] + piece.shape[0]):
                 continue
             if layer is not None:
                 piece, offsets = piece[layer - offsets[0]], offsets[1:]
+            if piece.shape == shape:
+                return piece.float()
+            full = torch.full(shape, float("nan")) if full is None else full
             full[tuple(slice(o, o + n) for o, n in zip(offsets, piece.shape, strict=True))] = piece
+        assert full is not None
         return full
 
     return read

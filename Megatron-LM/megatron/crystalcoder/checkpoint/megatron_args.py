@@ -67,6 +67,10 @@ def to_args(
         tokenizer_type="NullTokenizer",
         attention_dropout=0.0,
         hidden_dropout=0.0,
+        # What Megatron-LM takes over from a checkpoint without asking, whatever its own defaults are by then.
+        add_qkv_bias=False,  # of a model whose other linears have none
+        squared_relu=False,
+        apply_query_key_layer_scaling=False,
         use_mup=True,
         mup_width_scale=config.mup.width_scale,
         mup_output_alpha=config.mup.output_alpha,
@@ -81,6 +85,9 @@ def to_args(
         use_mcore_models=True,
         transformer_impl="local",
         converted=converted,
+        # Megatron-LM then does not ask for optimizer and random states.
+        no_save_optim=converted,
+        no_save_rng=converted,
         consumed_train_samples=0,
         consumed_valid_samples=0,
     )
