@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from data_prep.errors import InputError
+from megatron.crystalcoder.checkpoint.tensor_files import Inert
 
 
 class ModelType(enum.Enum):
@@ -50,18 +51,30 @@ def load(path: Path) -> Any:
     if not path.is_file():
         raise InputError(f"{path}: no such file: the checkpoint is incomplete, copy it again")
     is_zip = zipfile.is_zipfile(path)  # torch before 1.6 wrote no zip files; those cannot be mapped
+    try:
+        return _load(path, is_zip)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
+        known = {item[1] if isinstance(item, tuple) else f"{item.__module__}.{item.__qualname__}" for item in _ALLOWED}
+        foreign = [name for name in foreign if name not in known]
+        if foreign and all(name.startswith("megatron.") for name in foreign):
+            # Objects of Megatron's (enums in `args`, mostly) are known by name once one has been seen.
+            _ALLOWED.extend((Inert, name) for name in foreign)
+            return load(path)
+        if foreign:
+            name = next(name for name in foreign if not name.startswith("megatron."))
+            raise InputError(
+                f"{path}: refused to unpickle class {name}: a checkpoint of weights does not need it; "
+                "load the file where you trust it and save its tensors alone"
+            ) from error
+        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
+            what = str(error).split("GLOBAL ", 1)[-1].split()[0]
+            raise InputError(f"{path}: refused to unpickle {what}: not part of a checkpoint of weights") from error
+        raise InputError(f"{path}: cannot be read, the file is damaged or cut short: copy it again") from error
+
+
+def _load(path: Path, is_zip: bool) -> Any:
     # Leaving the context forgets what it was given, so what megatron.core has registered for good must not be in it.
     registered = torch.serialization.get_safe_globals()
     with torch.serialization.safe_globals([item for item in _ALLOWED if item not in registered]):
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
-            if is_zip and (foreign := torch.serialization.get_unsafe_globals_in_checkpoint(path)):
-                raise InputError(
-                    f"{path}: refused to unpickle class {foreign[0]}: a checkpoint of weights does not need it; "
-                    "load the file where you trust it and save its tensors alone"
-                ) from error
-            if "Unsupported global" in str(error) or "Unsupported class" in str(error):
-                what = str(error).split("GLOBAL ", 1)[-1].split()[0]
-                raise InputError(f"{path}: refused to unpickle {what}: not part of a checkpoint of weights") from error
-            raise InputError(f"{path}: cannot be read, the file is damaged or cut short: copy it again") from error
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
