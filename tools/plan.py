@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 from data_prep.errors import InputError
-from megatron.crystalcoder.training.memory import Layout
+from megatron.crystalcoder.model.fusions import Fp8
+from megatron.crystalcoder.training.memory import Layout, OptimizerStates, Savings
 from megatron.crystalcoder.training.params import Params, load_params
 from megatron.crystalcoder.training.plan import (
     GPUS,
@@ -53,6 +54,14 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--network", type=float, default=50.0, help="GB/s per GPU between nodes; default: 50 (400 Gb/s)")
     top.add_argument("--price", type=float, help="per GPU and hour, to have the cost")
     top.add_argument("--top", type=int, default=10, help="layouts to list; default: 10")
+    saved = top.add_argument_group(
+        "as for crystalcoder pretrain, here for the memory alone: the predicted time knows of none of them"
+    )
+    saved.add_argument("--optimizer-states", choices=get_args(OptimizerStates), default="fp32")
+    saved.add_argument("--fp8", choices=get_args(Fp8), default="off")
+    saved.add_argument("--offload-activations", action="store_true")
+    saved.add_argument("--loss-chunk", type=int, default=0, metavar="TOKENS")
+    saved.add_argument("--ffn-multiple-of", type=int, default=0, metavar="N")
     top.add_argument("overrides", nargs="*", metavar="key.path=value", help="put in place of the file's values")
     return top
 
@@ -70,15 +79,21 @@ def main(arguments: list[str]) -> None:
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
             raise InputError(f"--{name} {value:g}: must be above 0")
+    for name in ("loss_chunk", "ffn_multiple_of"):
+        if getattr(options, name) < 0:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 0")
     params = load_params(options.params, options.overrides)
     config = params.train_config()
-    job = Job(config.model, config.global_batch_size, config.seq_length, config.bf16)
+    savings = Savings(options.optimizer_states, options.fp8 != "off", options.offload_activations, options.loss_chunk)
+    batch = config.global_batch_size
+    job = Job(config.model, batch, config.seq_length, config.bf16, savings, options.ffn_multiple_of)
     cluster = Cluster(GPUS[options.gpu], options.gpus, options.mfu, options.network * 1e9)
     layouts = rank_layouts(job, cluster, tp=options.tp, pp=options.pp, micro_batch=options.micro_batch_size)
     print(describe_run(params, job, config.train_iters))
     print(describe_layouts(layouts[: options.top], cluster, config.train_iters, options.price, len(layouts)))
     print(describe_memory(job, layouts[0], cluster))
-    print(f"\nthe first one's arguments for crystalcoder pretrain: {pretrain_arguments(layouts[0].layout)}")
+    words = [pretrain_arguments(layouts[0].layout), *_saving_arguments(options)]
+    print(f"\nthe first one's arguments for crystalcoder pretrain: {' '.join(words)}")
 
 
 def describe_run(params: Params, job: Job, steps: int) -> str:
@@ -117,9 +132,19 @@ def describe_memory(job: Job, best: Candidate, cluster: Cluster) -> str:
         f"\nGiB on the fullest rank of the first, by recomputation:\n{'':<14}"
         + "".join(f"{kind:>11}" for kind in RECOMPUTE)
     ]
-    for part in [each.name for each in fields(best.memory)] + ["total"]:
+    parts = [each.name for each in fields(best.memory) if each.name != "host"] + ["total"]
+    for part in parts + ["host"] * job.savings.offload_activations:
         lines.append(f"  {part:<12}" + "".join(f"{getattr(column, part) / _GIB:>11.2f}" for column in columns))
     return "\n".join(lines)
+
+
+def _saving_arguments(options: argparse.Namespace) -> list[str]:
+    words = [f"--optimizer-states {options.optimizer_states}"] if options.optimizer_states != "fp32" else []
+    words += [f"--fp8 {options.fp8}"] if options.fp8 != "off" else []
+    words += ["--offload-activations"] if options.offload_activations else []
+    words += [f"--loss-chunk {options.loss_chunk}"] if options.loss_chunk else []
+    words += [f"--ffn-multiple-of {options.ffn_multiple_of}"] if options.ffn_multiple_of else []
+    return words
 
 
 def pretrain_arguments(layout: Layout) -> str:

@@ -178,13 +178,14 @@ def test_activations_are_those_that_autograd_saves(live: list[dict[str, Any]], l
     Planted: 4f for SwiGLU -> 11 % off; LayerNorm outputs split without sequence parallelism -> 7 % off: both fail.
     """
     for bf16 in (False, True):
-        kept, recomputed = layer_activations(TINY, layout, seq_length=SEQ, bf16=bf16)
+        layer = layer_activations(TINY, layout, seq_length=SEQ, bf16=bf16)
+        kept = layer.kept
         for rank in live:
             one, three = (rank["activations"][layout, layers, bf16] for layers in (1, 3))
             random_state = 0 if layout.recompute == "none" else 5056
             assert abs((three - one) / 2 - kept) <= random_state + (0.007 * kept if bf16 else 0)
             memory = rank_memory(replace(TINY, num_layers=3), layout, seq_length=SEQ, micro_batches=1, bf16=bf16)
-            predicted = memory.activations - recomputed
+            predicted = memory.activations
             assert three == pytest.approx(predicted, rel=0.01, abs=3 * random_state + SEQ * TINY.rotary_dim * 4)
 
 
@@ -192,7 +193,7 @@ def test_pipeline_stages_hold_as_many_micro_batches_as_are_in_flight() -> None:
     """Planted: every stage holds all of them, fails."""
     layout = Layout(pp=4, micro_batch=1)
     held = [rank_memory(BIG, layout, seq_length=2048, micro_batches=8, stage=stage).activations for stage in range(4)]
-    layer, _ = layer_activations(BIG, layout, seq_length=2048)
+    layer = layer_activations(BIG, layout, seq_length=2048).kept
     assert held[1] == 3 * 8 * layer
     assert held[2] == 2 * 8 * layer
     assert held[0] == 4 * (8 * layer + 2048 * 8)
@@ -267,6 +268,33 @@ def test_the_command_prints_the_plan(repo_root: Path, capsys: pytest.CaptureFixt
     assert (config.model.num_parameters, config.global_batch_size) == (BIG.num_parameters, PHASE_2.global_batch)
 
 
+def test_what_saves_memory_is_counted_and_handed_on(repo_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """7B on one H200: with fp32 moments it takes full recomputation or nothing fits, with 8-bit ones it needs none."""
+    params = repo_root / "params/phase2/params.yaml"
+    given = ["--params", str(params), "--gpus", "1", "--gpu", "h200", "--micro-batch-size", "1"]
+    saving = ["--optimizer-states", "8bit", "--fp8", "on", "--offload-activations", "--loss-chunk", "1024"]
+    plan.main(given)
+    plain = capsys.readouterr().out
+    plan.main([*given, *saving, "--ffn-multiple-of", "128"])
+    saved = capsys.readouterr().out
+
+    def row(out: str, name: str) -> float:
+        return float(next(line for line in out.splitlines() if line.startswith(f"  {name} ")).split()[1])
+
+    assert row(saved, "optimizer") == pytest.approx(row(plain, "optimizer") * (6 + 2 / 256) / 12 * 1.0051, abs=0.02)
+    assert row(saved, "total") < row(plain, "total") - 30
+    assert row(saved, "host") > 5
+    assert "  host" not in plain
+    from megatron.crystalcoder.training import pretrain
+
+    words = saved.split("crystalcoder pretrain: ")[1].split()
+    options, (phase,) = pretrain.parse(["--params", str(params), *words])
+    config = pretrain.train_config(options, phase, 1)
+    assert config.optimizer.states == "8bit"
+    assert config.model.ffn_hidden_size == 11008
+    assert (config.speed.fp8, config.speed.offload, config.speed.loss_chunk) == ("on", True, 1024)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -275,6 +303,7 @@ def test_the_command_prints_the_plan(repo_root: Path, capsys: pytest.CaptureFixt
         (["--price", "-1"], "--price -1: must be above 0"),
         (["--micro-batch-size", "0"], "--micro-batch-size 0: must be at least 1"),
         (["--gpu", "b200"], "invalid choice: 'b200'"),
+        (["--loss-chunk", "-1"], "--loss-chunk -1: must be at least 0"),
         (["--gpus", "7"], "no layout of 7 GPUs divides the model and its global batch of 2112 sequences"),
         (["--gpus", "1"], "nothing fits: the smallest layout, TP 1 x PP 1, needs"),
         (["--bogus"], "unrecognized arguments: --bogus"),

@@ -43,7 +43,7 @@ from megatron.crystalcoder import platform
 from megatron.crystalcoder.model.config import ModelConfig, ParallelConfig
 from megatron.crystalcoder.model.fusions import Fp8, Speed
 from megatron.crystalcoder.training.config import DataSettings, TrainConfig, WarmupDecay
-from megatron.crystalcoder.training.memory import Layout, Recompute, rank_memory
+from megatron.crystalcoder.training.memory import Layout, OptimizerStates, Recompute, Savings, rank_memory
 from megatron.crystalcoder.training.params import load_params
 from megatron.crystalcoder.training.plan import flops_per_token
 from tools.bench.breakdown import PARTS, breakdown
@@ -62,8 +62,17 @@ FFN_MULTIPLE = 128
 # Sequences per step: enough micro-batches that the optimizer weighs no more than it does in a real run.
 GLOBAL_BATCH = {"tiny": 4}
 _DEFAULT_GLOBAL_BATCH = 16
-# What is tried in turn until it fits: sequences per micro-batch and recomputation.
-LADDER: tuple[tuple[int, Recompute], ...] = ((8, "none"), (4, "none"), (2, "none"), (1, "none"), (2, "full"))
+# What is tried in turn until it fits: sequences per micro-batch, recomputation, Adam's moments.
+LADDER: tuple[tuple[int, Recompute, OptimizerStates], ...] = (
+    (8, "none", "fp32"),
+    (4, "none", "fp32"),
+    (2, "none", "fp32"),
+    (1, "none", "fp32"),
+    (1, "none", "bf16"),
+    (2, "none", "8bit"),
+    (2, "full", "8bit"),
+    (1, "full", "8bit"),
+)
 _WARM_UP_STEPS, _MIN_STEPS, _MAX_STEPS = 2, 3, 20
 _GIB = 1 << 30
 
@@ -208,7 +217,7 @@ def _config(shape: str, precision: str, seq_length: int | None) -> TrainConfig:
         model = replace(model, num_layers=int(shape))
     length = seq_length or (64 if tiny else 2048)
     batch = GLOBAL_BATCH.get(shape, _DEFAULT_GLOBAL_BATCH)
-    model = model.padded(model.vocab_size, -(-model.ffn_hidden_size // FFN_MULTIPLE) * FFN_MULTIPLE)
+    model = model.with_ffn_multiple_of(FFN_MULTIPLE)
     fp8: Fp8 = "off" if precision == "bf16" else "on" if torch.cuda.is_available() else "emulated"
     config = TrainConfig(
         speed=Speed(fp8=fp8),
@@ -221,9 +230,10 @@ def _config(shape: str, precision: str, seq_length: int | None) -> TrainConfig:
         seq_length=length,
         bf16=True,
     )
-    for micro_batch, recompute in LADDER:
+    for micro_batch, recompute, states in LADDER:
         if batch % micro_batch == 0:
             config = replace(config, micro_batch_size=micro_batch, parallel=ParallelConfig(recompute=recompute))
+            config = replace(config, optimizer=replace(config.optimizer, states=states))
             if not torch.cuda.is_available() or predicted_memory(config) < 0.95 * _gpu_memory():
                 return config
     return config
@@ -234,7 +244,12 @@ def predicted_memory(config: TrainConfig) -> int:
     layout = Layout(micro_batch=config.micro_batch_size, recompute=config.parallel.recompute)
     micro_batches = config.global_batch_size // config.micro_batch_size
     return rank_memory(
-        config.model, layout, seq_length=config.seq_length, micro_batches=micro_batches, bf16=config.bf16
+        config.model,
+        layout,
+        seq_length=config.seq_length,
+        micro_batches=micro_batches,
+        bf16=config.bf16,
+        savings=Savings(config.optimizer.states, config.speed.fp8 != "off", config.speed.offload),
     ).total
 
 
@@ -288,6 +303,8 @@ def _settings(config: TrainConfig) -> str:
     words = [f"{config.global_batch_size} x {config.seq_length}", f"micro-batch {config.micro_batch_size}"]
     if config.parallel.recompute != "none":
         words.append(f"{config.parallel.recompute} recompute")
+    if config.optimizer.states != "fp32":
+        words.append(f"moments in {config.optimizer.states}")
     return ", ".join(words)
 
 

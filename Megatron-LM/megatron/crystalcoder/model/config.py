@@ -100,6 +100,11 @@ class ModelConfig:
             unpadded_ffn_hidden_size=own_ffn if own_ffn != ffn_hidden_size else None,
         )
 
+    def with_ffn_multiple_of(self, multiple: int) -> ModelConfig:
+        """The same model, its own FFN padded to the next multiple."""
+        own = self.unpadded_ffn_hidden_size or self.ffn_hidden_size
+        return self.padded(self.vocab_size, -(-own // multiple) * multiple)
+
     @property
     def num_parameters(self) -> int:
         """Stored parameters, the tied head counted once: 6,575,278,720 for the 7B model."""

@@ -24,6 +24,8 @@ FUSIONS: dict[str, str] = {
 
 Compile = Literal["auto", "off", "ops"]
 Fp8 = Literal["off", "on", "emulated"]
+# Bytes from which on a tensor that is saved for the backward pass goes to the host's memory, where that is asked for.
+OFFLOADED_FROM = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,15 @@ class Speed:
     fusions: names from FUSIONS. compile: the fused passes by torch.compile one by one (ops),
     or none of it (off); auto is ops on a GPU, off on a CPU. loss_chunk: tokens whose logits are worked on at a time; 0:
     as many as suit the device. fp8: products of the linear layers inside the blocks in 8-bit floating point (on), or
-    the same numbers on a machine without them (emulated).
+    the same numbers on a machine without them (emulated). offload: what the layers save for their backward pass waits
+    for it in the host's memory.
     """
 
     fusions: frozenset[str] = frozenset(FUSIONS)
     compile: Compile = "auto"
     loss_chunk: int = 0
     fp8: Fp8 = "off"
+    offload: bool = False
 
     def __post_init__(self) -> None:
         unknown = sorted(self.fusions - set(FUSIONS))

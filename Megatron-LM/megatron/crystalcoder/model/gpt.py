@@ -29,6 +29,7 @@ from megatron.crystalcoder.model.kernels.loss import cross_entropy
 from megatron.crystalcoder.model.kernels.rotary import RotaryTable
 from megatron.crystalcoder.model.layer import await_parameters
 from megatron.crystalcoder.model.layer_spec import CoreConfig, crystalcoder_block_spec
+from megatron.crystalcoder.model.offload import OffloadSaved
 
 
 def transformer_config(
@@ -121,6 +122,17 @@ class CrystalCoderGPT(GPTModel):
         if self.post_process:
             self.output_layer.register_forward_hook(self._scale_logits)
         turn_by_given_positions(self)
+        if core.speed.offload:
+            self._offload_saved()
+
+    def _offload_saved(self) -> None:
+        forward, offloading = self.decoder.forward, OffloadSaved()
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with offloading:
+                return forward(*args, **kwargs)
+
+        self.decoder.forward = call
 
     def _scale_embeddings(self, module: torch.nn.Module, inputs: Any, embeddings_sbh: Tensor) -> Tensor:
         return embeddings_sbh * self.mup.embeddings_scale

@@ -16,11 +16,18 @@ overlaps, and a micro-batch's size does not change mfu.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from data_prep.errors import InputError
 from megatron.crystalcoder.model.config import ModelConfig
-from megatron.crystalcoder.training.memory import Layout, RankMemory, Recompute, rank_memory, stage_parameters
+from megatron.crystalcoder.training.memory import (
+    Layout,
+    RankMemory,
+    Recompute,
+    Savings,
+    rank_memory,
+    stage_parameters,
+)
 
 # Left to the CUDA context, NCCL's buffers and the allocator's gaps.
 RESERVED_SHARE = 0.08
@@ -62,12 +69,21 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Job:
-    """One step: the model, its global batch in sequences of seq_length tokens, and the precision."""
+    """One step: the model, its global batch in sequences of seq_length tokens, the precision, and what saves memory.
+
+    ffn_multiple: what each tensor-parallel rank's FFN is padded to a multiple of; 0: not at all.
+    """
 
     model: ModelConfig
     global_batch: int
     seq_length: int
     bf16: bool = True
+    savings: Savings = field(default_factory=Savings)
+    ffn_multiple: int = 0
+
+    def stored_model(self, tp: int) -> ModelConfig:
+        """The model with the padding that it has on `tp` tensor-parallel ranks."""
+        return self.model.with_ffn_multiple_of(self.ffn_multiple * tp) if self.ffn_multiple else self.model
 
     @property
     def step_flops(self) -> float:
@@ -127,12 +143,13 @@ def candidate(job: Job, layout: Layout, cluster: Cluster) -> Candidate:
     memory = max(
         (
             rank_memory(
-                job.model,
+                job.stored_model(layout.tp),
                 layout,
                 seq_length=job.seq_length,
                 micro_batches=_micro_batches(job, layout),
                 bf16=job.bf16,
                 stage=stage,
+                savings=job.savings,
             )
             for stage in range(layout.pp)
         ),
@@ -189,10 +206,12 @@ def _dividing_layouts(
     job: Job, cluster: Cluster, tp: int | None, pp: int | None, micro_batch: int | None
 ) -> Iterator[Layout]:
     model = job.model
+    # The trainer refuses moments that are rounded by chance where two ranks have differing parts of the embedding.
+    whole = job.savings.optimizer_states != "fp32" and model.tie_word_embeddings
     for tp_size in [tp] if tp else range(1, GPUS_PER_NODE + 1):
         for pp_size in [pp] if pp else range(1, model.num_layers + 1):
             dp_size, rest = divmod(cluster.count, tp_size * pp_size)
-            if rest or job.global_batch % dp_size or not _divides(model, tp_size, pp_size):
+            if rest or job.global_batch % dp_size or not _divides(job.stored_model(tp_size), tp_size, pp_size):
                 continue
             share = job.global_batch // dp_size
             for size in [micro_batch] if micro_batch else range(1, share + 1):
@@ -203,7 +222,7 @@ def _dividing_layouts(
                         dp=dp_size,
                         micro_batch=size,
                         sequence_parallel=tp_size > 1 and job.seq_length % tp_size == 0,
-                        distributed_optimizer=dp_size > 1,
+                        distributed_optimizer=dp_size > 1 and not (whole and pp_size > 1),
                     )
 
 

@@ -51,6 +51,12 @@ def add_speed_arguments(group: Any) -> None:
         help="what Adam's moments are kept in between the steps: 8, 4 or 2 bytes a parameter; default: fp32",
     )
     group.add_argument(
+        "--offload-activations",
+        action="store_true",
+        help="keep what the layers save for their backward pass in the host's memory; with full recomputation that is "
+        "each layer's input, for long sequences",
+    )
+    group.add_argument(
         "--loss-chunk", type=int, default=0, metavar="TOKENS", help="tokens whose fp32 logits exist at a time; 0: auto"
     )
     group.add_argument(
@@ -94,7 +100,13 @@ def with_speed_flags(config: TrainConfig, options: argparse.Namespace) -> TrainC
         config,
         model=_padded(config, options.ffn_multiple_of),
         optimizer=replace(config.optimizer, states=options.optimizer_states),
-        speed=Speed(parse_fusions(options.fusions), options.compile, options.loss_chunk, options.fp8),
+        speed=Speed(
+            parse_fusions(options.fusions),
+            options.compile,
+            options.loss_chunk,
+            options.fp8,
+            options.offload_activations,
+        ),
         parallel=_overlapped(config.parallel, options),
         read_losses=options.read_losses,
         profile=_profile(options.profile, profile_dir, options.profile_ranks or "0") if options.profile else None,
@@ -119,8 +131,7 @@ def _padded(config: TrainConfig, multiple: int) -> ModelConfig:
         return model
     if config.lora is not None:
         raise InputError("--ffn-multiple-of does not go with --lora-rank: an adapter has its base's sizes; drop it")
-    step = multiple * config.parallel.tensor_model_parallel_size
-    return model.padded(model.vocab_size, -(-model.unpadded.ffn_hidden_size // step) * step)
+    return model.with_ffn_multiple_of(multiple * config.parallel.tensor_model_parallel_size)
 
 
 def _profile(steps: str, folder: Path | None, ranks: str) -> ProfileSettings:

@@ -82,8 +82,9 @@ class _Linear(torch.autograd.Function):
         # Of a gathered input, this rank's part is kept, and gathered again.
         kept = x if sequence_parallel else operand
         ctx.save_for_backward(weight, *(kept if isinstance(kept, Fp8Tensor) else (kept,)))
-        # An attribute: an in-place change of the main gradient is what backward is for.
-        ctx.main_grad = getattr(weight, "main_grad", None)
+        # Attributes: an in-place change of the main gradient is what backward is for, and of a saved weight comes back,
+        # through hooks such as those of offloading, another tensor than the parameter that data parallelism knows.
+        ctx.parameter, ctx.main_grad = weight, getattr(weight, "main_grad", None)
         ctx.has_bias, ctx.group, ctx.sequence_parallel, ctx.by = bias is not None, group, sequence_parallel, by
         # `.data`: a tensor of its own and no view in autograd's eyes, so that the next operation may work in place.
         return by.forward(operand, weight, bias).data
@@ -113,7 +114,7 @@ class _Linear(torch.autograd.Function):
             operand = ctx.by.operand(whole)
         by_weight = None
         if needs_weight:
-            by_weight = weight_gradient(weight, ctx.main_grad, by_gradient, operand, ctx.by)
+            by_weight = weight_gradient(ctx.parameter, ctx.main_grad, by_gradient, operand, ctx.by)
         by_bias = gradient_to.sum(0) if ctx.has_bias and needs_bias else None
         if summing is not None:
             summing.wait()

@@ -80,7 +80,7 @@ class _CrossEntropy(torch.autograd.Function):
             dist.all_reduce(sums, group=group)
             log_sum, target = largest + sums[0].log(), sums[1]
         ctx.save_for_backward(hidden, weight, local, log_sum)
-        ctx.main_grad = getattr(weight, "main_grad", None)
+        ctx.parameter, ctx.main_grad = weight, getattr(weight, "main_grad", None)  # as in linear.py
         ctx.kept, ctx.scale, ctx.chunk, ctx.compiled = kept, scale, chunk, compiled
         return log_sum - target
 
@@ -101,7 +101,7 @@ class _CrossEntropy(torch.autograd.Function):
             if by_hidden is not None:
                 by_hidden[here] = products.by_input(by_chunk, weight)
             if ctx.needs_input_grad[1]:
-                added = weight_gradient(weight, ctx.main_grad, by_chunk, hidden[here])
+                added = weight_gradient(ctx.parameter, ctx.main_grad, by_chunk, hidden[here])
                 if by_weight is None or added is None or ctx.main_grad is not None:
                     by_weight = added
                 else:
