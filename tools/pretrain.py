@@ -34,31 +34,30 @@ def _split_target(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 def _train_here(arguments: list[str]) -> None:
     """Under torchrun every rank runs it, each as one of the job."""
-    from megatron.crystalcoder.training import launch, pretrain  # seconds of imports that a CS-2 launch does not need
+    # Seconds of imports that a CS-2 launch does not need.
+    from megatron.crystalcoder.training import launch, nodes, pretrain
 
     options, phases = pretrain.parse(arguments)
-    ranks = options.nproc or options.tp * options.pp
     if "WORLD_SIZE" in os.environ:
         pretrain.main(arguments)
         return
-    if ranks % (options.tp * options.pp):
+    model_parallel = options.tp * options.pp
+    ranks = options.nproc or (nodes.GPUS_PER_NODE if options.nodes else model_parallel)
+    world_size = ranks * (options.nodes or 1)
+    if world_size % model_parallel:
+        on_nodes = f" on {options.nodes} nodes" if options.nodes else ""
         raise InputError(
-            f"--nproc {ranks} is not a multiple of --tp {options.tp} x --pp {options.pp}: change one of them"
+            f"--nproc {ranks}{on_nodes} is not a multiple of --tp {options.tp} x --pp {options.pp}: change one of them"
         )
-    pretrain.check_before_start(options, phases, ranks)  # what is wrong is said before any rank starts
+    pretrain.check_before_start(options, phases, world_size)  # what is wrong is said before any rank starts
+    restarts = 3 if options.max_restarts is None else options.max_restarts
+    if options.nodes:
+        print(nodes.several_nodes(options.nodes, ranks, restarts, arguments))
+        return
     os.environ[pretrain.CHECKED] = "1"
     if ranks == 1 and not options.max_restarts:
         pretrain.main(arguments)
         return
-    command = [
-        "--standalone",
-        "--nproc_per_node",
-        str(ranks),
-        "--max-restarts",
-        str(3 if options.max_restarts is None else options.max_restarts),
-        "-m",
-        "megatron.crystalcoder.training.pretrain",
-        *arguments,
-    ]
+    command = nodes.one_node(ranks, restarts, arguments)
     print(f"$ torchrun {shlex.join(command)}", file=sys.stderr, flush=True)
     launch.main(command)

@@ -89,7 +89,16 @@ def test_the_command_trains_phases_and_evaluates(repo_root: Path, data_root: Pat
     """
     small = ["--data_root", str(data_root), *SMALL, "runconfig.max_steps=3"]
     first = run_command(
-        "--params", "params/tiny/phase1.yaml", "--model_dir", str(data_root / "p1"), "--tp", "2", *small, cwd=repo_root
+        "--params",
+        "params/tiny/phase1.yaml",
+        "--model_dir",
+        str(data_root / "p1"),
+        "--tp",
+        "2",
+        "--nproc",
+        "2",
+        *small,
+        cwd=repo_root,
     )
     assert first.returncode == 0, first.stderr
     assert "accepted, but without effect outside CS-2: train_input.repeat" in first.stdout

@@ -99,7 +99,12 @@ def parser() -> argparse.ArgumentParser:
     reference.add_argument("--reference-order", action="store_true", help="its data order, mistakes of it included")
     reference.add_argument("--reference-adam", action="store_true", help="Adam's eps added before bias correction")
     reference.add_argument("--reference-init", action="store_true", help="the gate's bias drawn uniformly, not 0")
-    top.add_argument("--nproc", type=int, help="ranks to start on this machine; default: --tp x --pp")
+    top.add_argument(
+        "--nproc", type=int, help="ranks to start on this machine; default: --tp x --pp, with --nodes 8 on each"
+    )
+    top.add_argument(
+        "--nodes", type=int, help="check everything for so many nodes, start nothing, and print the lines that start it"
+    )
     top.add_argument(
         "--max-restarts",
         type=int,
@@ -113,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[Phase]]:
     """The arguments, and the runs that they name: one, or with --phases several. Raises InputError."""
     options = parser().parse_intermixed_args(arguments)
-    for name in ("tp", "pp", "micro_batch_size", "nproc", "export_every"):
+    for name in ("tp", "pp", "micro_batch_size", "nproc", "nodes", "export_every"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be at least 1")
