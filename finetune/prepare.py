@@ -22,24 +22,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from data_prep.errors import InputError
-from data_prep.provenance import Span
-from data_prep.sequences import SequenceWriter
+from data_prep.errors import InputError, full_disk
 from data_prep.sources import Fault, FaultPolicy, discover
 from data_prep.tokenizer import Tokenizer
 from finetune.chat_format import BATCH, ChatFormat, Encoded, encode
 from finetune.conversation import DEFAULT_SYSTEM_PROMPT, Conversation, Example, PlainText
 from finetune.fitting import LongPolicy, fit
 from finetune.formats import ReadyRow
-from finetune.packing import BestFitRows, PackedRows, Part, Rows
-from finetune.recipe import SourceSettings, epochs_of, repeated
+from finetune.recipe import SourceSettings, epochs_of
+from finetune.side import Origin, Packing, Side, write_side
 from finetune.sources import read_examples
-from finetune.store import ExampleStore
 from finetune.templates import TEMPLATE_FILE
 
-ROWS_PER_FILE = 100_000
 PREPARE_FILE, REJECTS_FILE, VALID = "prepare.json", "rejects.jsonl", "valid"
 # Sources of a folder that are no examples: what this command leaves there.
 _OWN = (PREPARE_FILE, REJECTS_FILE)
@@ -55,7 +50,7 @@ class PrepareOptions:
     """
 
     max_seq_length: int = 2048
-    packing: Literal["concatenate", "best-fit"] = "concatenate"
+    packing: Packing = "concatenate"
     chat_format: ChatFormat = field(default_factory=ChatFormat)
     system: str = DEFAULT_SYSTEM_PROMPT
     long: LongPolicy | None = None
@@ -68,16 +63,6 @@ class PrepareOptions:
     def long_policy(self) -> LongPolicy:
         """`long`, with its default filled in."""
         return self.long or ("cut" if self.packing == "concatenate" else "truncate")
-
-
-@dataclass
-class _Side:
-    """Training or validation: the stored examples, ready rows apart, and where each came from."""
-
-    store: ExampleStore
-    ready: ExampleStore
-    origin: list[tuple[int, int, int]] = field(default_factory=list)  # source, file, record of each example
-    ready_origin: list[tuple[int, int, int]] = field(default_factory=list)
 
 
 def prepare(
@@ -94,7 +79,7 @@ def prepare(
     faults = FaultPolicy(options.on_error)
     with _folder(out) as partial:
         files: list[str] = []
-        sides = [_Side(ExampleStore(partial / f".{n}"), ExampleStore(partial / f".{n}-ready")) for n in "tv"]
+        sides = [Side.at(partial / f".{name}") for name in ("train", VALID)]
         statistics = [
             _read_source(number, source, files, sides, tokenizer, options, faults)
             for number, source in enumerate(sources)
@@ -107,9 +92,11 @@ def prepare(
         written = {}
         for name, side, folder in zip(("train", VALID), sides, (partial, partial / VALID), strict=True):
             passes = epochs if name == "train" else [1.0] * len(epochs)
-            written[name] = _write_side(side, folder, passes, files, tokenizer, options, rng)
-            side.store.close()
-            side.ready.close()
+            written[name] = write_side(
+                side, folder, passes, files, rng,
+                packing=options.packing, seq_length=options.max_seq_length, pad_id=tokenizer.eos_id,
+            )  # fmt: skip
+            side.close()
         for file in partial.glob(".*"):
             file.unlink()
         if not written["train"]["trained_tokens"]:
@@ -183,6 +170,9 @@ def _folder(out: Path) -> Iterator[Path]:
                 raise InputError(f"{out}: holds other files than prepared rows: choose another --out")
             shutil.rmtree(out)
         partial.rename(out)
+    except OSError as error:  # of what is written here: readers tell their own
+        reason = full_disk(error) or error.strerror or type(error).__name__
+        raise InputError(f"{out}: cannot be written ({reason}): free some space, or choose another --out") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -191,7 +181,7 @@ def _read_source(
     number: int,
     source: SourceSettings,
     files: list[str],
-    sides: Sequence[_Side],
+    sides: Sequence[Side],
     tokenizer: Tokenizer,
     options: PrepareOptions,
     faults: FaultPolicy,
@@ -255,8 +245,8 @@ def _share(example: Example, seed: int) -> float:
 
 def _keep_ready(
     row: ReadyRow,
-    side: _Side,
-    origin: tuple[int, int, int],
+    side: Side,
+    origin: Origin,
     place: str,
     options: PrepareOptions,
     faults: FaultPolicy,
@@ -277,74 +267,3 @@ def _keep_ready(
         side.ready_origin.append(origin)
         return
     faults(Fault(path, record, reason))
-
-
-class _Chosen:
-    """The stored documents in the order and as often as they are packed."""
-
-    def __init__(self, store: ExampleStore, order: NDArray[np.int64]) -> None:
-        self._store, self.order = store, order
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, index: int) -> Encoded:
-        return self._store[int(self.order[index])]
-
-
-def _write_side(
-    side: _Side,
-    folder: Path,
-    epochs: Sequence[float],
-    files: Sequence[str],
-    tokenizer: Tokenizer,
-    options: PrepareOptions,
-    rng: np.random.Generator,
-) -> dict[str, Any]:
-    """Pack, shuffle and write one side's rows."""
-    source_of = np.array([source for source, _, _ in side.origin], np.int64)
-    chosen = [
-        mine[repeated(len(mine), times, rng)]
-        for number, times in enumerate(epochs)
-        if len(mine := np.flatnonzero(source_of == number))
-    ]
-    order = np.concatenate(chosen) if chosen else np.empty(0, np.int64)
-    length = options.max_seq_length
-    settings: dict[str, Any] = {"seq_length": length, "pad_id": tokenizer.eos_id}
-    lengths = side.store.lengths[order]
-    documents = _Chosen(side.store, order)
-    packed: Rows
-    if options.packing == "concatenate":
-        packed = PackedRows(documents, lengths=lengths, **settings)
-    else:
-        packed = BestFitRows(documents, lengths=lengths, **settings)
-    ready = [PackedRows([side.ready[i]], seq_length=length, pad_id=tokenizer.eos_id) for i in range(len(side.ready))]
-    total = len(packed) + len(ready)
-    trained = 0
-    shuffled = rng.permutation(total).tolist()
-
-    def span(part: Part, origin: Sequence[tuple[int, int, int]], number: int) -> Span:
-        _, file, record = origin[number]
-        return Span(files[file], record, part.start)
-
-    for begin in range(0, total, ROWS_PER_FILE):
-        with SequenceWriter(folder / f"data-{begin // ROWS_PER_FILE:05d}.h5", length) as writer:
-            for row in shuffled[begin : begin + ROWS_PER_FILE]:
-                if row < len(packed):
-                    planes = packed[row]
-                    spans = [span(part, side.origin, int(order[part.document])) for part in packed.parts(row)]
-                else:
-                    planes = ready[row - len(packed)][0]
-                    spans = [span(Part(0, 0), side.ready_origin, row - len(packed))]
-                trained += int(planes[1].sum())
-                writer.write(planes[np.newaxis], [spans])
-    tokens = int(lengths.sum()) + len(ready) * length
-    percentiles = np.percentile(lengths, (50, 90, 99, 100)).astype(int).tolist() if len(lengths) else [0] * 4
-    return {
-        "documents": len(order),
-        "rows": total,
-        "tokens": tokens,
-        "trained_tokens": trained,
-        "fill": round(tokens / (total * length), 4) if total else 0.0,
-        "document_tokens": dict(zip(("median", "p90", "p99", "longest"), percentiles, strict=True)),
-    }

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.errors import InputError
 from finetune.chat_format import Encoded
 
 _TRAINED = np.int32(1 << 30)  # beyond any token id
@@ -29,10 +28,7 @@ class ExampleStore:
     def append(self, example: Encoded) -> None:
         """Keep one more example."""
         packed = example.ids | np.where(example.trained, _TRAINED, np.int32(0))
-        try:
-            self._file.write(packed.astype("<i4", copy=False).tobytes())
-        except OSError as error:
-            raise InputError(f"{self._path}: cannot be written ({error.strerror}): choose another --out") from None
+        self._file.write(packed.astype("<i4", copy=False).tobytes())
         self._ends.append(self._ends[-1] + len(example.ids))
 
     def __len__(self) -> int:

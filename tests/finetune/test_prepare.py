@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections import Counter
 from dataclasses import replace
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 
 from data_prep.errors import InputError
-from data_prep.sequences import SequenceFile, sequence_files
+from data_prep.sequences import SequenceFile, SequenceWriter, sequence_files
 from finetune.chat_format import ChatFormat
 from finetune.commands import report
 from finetune.prepare import PrepareOptions, prepare
 from finetune.recipe import SourceSettings, parse_source, read_recipe
 from finetune.show import runs, show, write_html
+from finetune.store import ExampleStore
 from tools.cli import main
 
 LENGTH = 64
@@ -270,6 +272,22 @@ def test_refusals_leave_nothing_and_take_nothing(tmp_path: Path, tokenizer) -> N
     with pytest.raises(InputError, match="best-fit cuts no conversation"):
         prepare([good], tmp_path / "out", tokenizer, cut)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "kept", "none.jsonl"]
+
+
+@pytest.mark.parametrize(("owner", "method"), [(ExampleStore, "append"), (SequenceWriter, "write")])
+def test_a_full_disk_is_one_line(
+    tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch, owner: type, method: str
+) -> None:
+    """While tokens are stored, and while rows are written; nothing is left."""
+
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(owner, method, fail)
+    source = SourceSettings(write_pairs(tmp_path / "a.jsonl", ["ab"]))
+    with pytest.raises(InputError, match=r"rows: cannot be written \(No space left on device\): free some space"):
+        prepare([source], tmp_path / "rows", tokenizer, BEST_FIT)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_skip_lists_what_was_left_out(tmp_path: Path, tokenizer_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
