@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from data_prep.engine import FAILED, JOBS, Cluster, LostTasks, Stage, write_json
 from data_prep.errors import InputError
 
 POLL_SECONDS = 5.0
+REACH_SECONDS = 20.0
 GRACE_SECONDS = 60.0  # a network file system may show a record this much later than it was written
 MAX_ARRAY_SIZE = 1000  # Slurm's default limit is 1001
 SLURM_OPTIONS = ("time", "qos", "cpus_per_task", "mem_per_cpu_gb", "max_array_size", "env_command")
@@ -223,6 +225,17 @@ def wait_for_earlier(records: Path) -> None:
     marker.unlink()
 
 
+def _reach(address: str) -> None:
+    """Knock at host:port first: Ray itself tries for many minutes where nobody is."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():  # "auto", "local"
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"--engine ray: no cluster at {address} ({error}): is `ray start --head` running?") from None
+
+
 def _run_ray(
     options: dict[str, str],
     records: Path,
@@ -239,6 +252,8 @@ def _run_ray(
         if name not in RAY_OPTIONS:
             raise InputError(f"--engine-option {name}: Ray has {', '.join(RAY_OPTIONS)}")
     address = options.get("address") or os.environ.get("RAY_ADDRESS")
+    if address:
+        _reach(address)
     is_ours = not ray.is_initialized()
     if is_ours:
         quietly: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}

@@ -160,3 +160,25 @@ def test_ray_gives_the_same_bytes(tmp_path: Path, sequences: Path, tokenizer_fil
         file.write("\n{")
     with pytest.raises(InputError, match=r"b\.jsonl:41: "):
         main([*tokenize, "--out", str(tmp_path / "bad"), *ray])
+
+
+@pytest.mark.slow
+def test_a_running_ray_cluster_of_two_nodes(tmp_path: Path, sequences: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reached by its address, as an option and as RAY_ADDRESS; it goes on running. An address without one is named."""
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'crystalcoder[cluster]'")
+    from ray.cluster_utils import Cluster
+
+    shuffle = ["shuffle", str(sequences), "--files", "4", "--processes", "2"]
+    ray = ["--engine", "ray", "--engine-option", "mem-per-cpu-gb=0.1"]
+    main([*shuffle, "--out", str(tmp_path / "here")])
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        nodes.add_node(num_cpus=1)
+        main([*shuffle, "--out", str(tmp_path / "option"), *ray, "--engine-option", f"address={nodes.address}"])
+        monkeypatch.setenv("RAY_ADDRESS", nodes.address)
+        main([*shuffle, "--out", str(tmp_path / "variable"), *ray])
+    finally:
+        nodes.shutdown()
+    assert contents(tmp_path / "option") == contents(tmp_path / "variable") == contents(tmp_path / "here")
+    with pytest.raises(InputError, match=r"--engine ray: no cluster at 127\.0\.0\.1:9 "):
+        main([*shuffle, "--out", str(tmp_path / "none"), *ray, "--engine-option", "address=127.0.0.1:9"])
