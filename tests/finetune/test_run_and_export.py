@@ -1,4 +1,4 @@
-"""From chat data to an exported model by the commands alone: prepare, run (an adapter, on two ranks), export."""
+"""From chat data to an exported model by the commands alone: prepare, run (an adapter too), export."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,9 @@ from finetune.templates import CHATML, template_beside
 from megatron.crystalcoder.checkpoint.adapter import read_adapter
 from megatron.crystalcoder.checkpoint.open import open_checkpoint
 from support.checkpoints import distinct_weights, save_hf
+from support.dying_rank import write_dying_rank
 from support.reference_model import TINY
+from support.training_runs import column
 from tools.cli import main
 
 CONFIG = replace(TINY, vocab_size=1024)
@@ -28,17 +31,22 @@ def run(*arguments: object) -> int:
     return int(status.value.code or 0)
 
 
-def test_the_whole_way(tmp_path: Path, tokenizer_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def prepare(folder: Path, hf: Path, data: Path, *more: object) -> None:
+    pairs = [{"prompt": f"Add {i} and {i + 1}", "completion": f"The sum is {2 * i + 1}."} for i in range(40)]
+    (folder / "pairs.json").write_text(json.dumps(pairs))
+    options = ("--max-seq-length", 64, "--packing", "best-fit", "--valid", 0.2, "--system", "", *more)
+    assert run("finetune", "prepare", folder / "pairs.json", "--out", data, "--tokenizer", hf, *options) == 0
+
+
+@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_whole_way(tmp_path: Path, tokenizer_file: Path, capsys: pytest.CaptureFixture[str], tp: int) -> None:
     """The exported weights are base + alpha / r * B A of the best checkpoint; tokenizer and template come along."""
     weights = distinct_weights(CONFIG)
     hf = save_hf(tmp_path / "hf", weights, CONFIG)
     shutil.copyfile(tokenizer_file, hf / "tokenizer.json")
-    pairs = [{"prompt": f"Add {i} and {i + 1}", "completion": f"The sum is {2 * i + 1}."} for i in range(40)]
-    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
     data, save, out = tmp_path / "data", tmp_path / "run", tmp_path / "out"
-    options = ("--max-seq-length", 64, "--packing", "best-fit", "--valid", 0.2, "--system", "", "--template", "chatml")
-    assert run("finetune", "prepare", tmp_path / "pairs.json", "--out", data, "--tokenizer", hf, *options) == 0
-    how = ("--iters", 2, "--global-batch-size", 2, "--tp", 2, "--eval-interval", 1, "--lora-rank", 2)
+    prepare(tmp_path, hf, data, "--template", "chatml")
+    how = ("--iters", 2, "--global-batch-size", 2, "--tp", tp, "--eval-interval", 1, "--lora-rank", 2)
     assert run("finetune", "run", data, "--load", hf, "--save", save, *how, "--lora-alpha", 8) == 0
     assert run("finetune", "export", save, "--to", out, "--best") == 0
     assert "its adapter merged" in capsys.readouterr().out
@@ -66,3 +74,22 @@ def test_the_whole_way(tmp_path: Path, tokenizer_file: Path, capsys: pytest.Capt
     assert "exists already" in capsys.readouterr().err
     assert run("finetune", "run", tmp_path, "--load", hf, "--save", save) == 2
     assert "holds no prepare.json" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_is_replaced(
+    tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Killed as step 4 begins, with checkpoints at every second: the run ends with the losses of an undisturbed one."""
+    hf = save_hf(tmp_path / "hf", distinct_weights(CONFIG), CONFIG)
+    shutil.copyfile(tokenizer_file, hf / "tokenizer.json")
+    data = tmp_path / "data"
+    prepare(tmp_path, hf, data)
+    how = ("--load", hf, "--iters", 5, "--global-batch-size", 2, "--tp", 2, "--save-interval", 2)
+    assert run("finetune", "run", data, "--save", tmp_path / "whole", *how) == 0
+    dying = write_dying_rank(tmp_path / "dying", rank=1, step=4)
+    monkeypatch.setenv("PYTHONPATH", str(dying))
+    assert run("finetune", "run", data, "--save", tmp_path / "again", *how) == 0
+    assert (dying / "died").exists()
+    assert "rank 1 ended with signal 9: going on from the last checkpoint (restart 1 of 3)" in capfd.readouterr().err
+    np.testing.assert_array_equal(column(tmp_path / "again", "lm_loss"), column(tmp_path / "whole", "lm_loss"))
