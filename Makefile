@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # One thread a test process: the tests start processes of their own, and more threads than cores only wait for each other.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(RUN)/python -m pytest
 
-.PHONY: help install quickstart test test-full lint format bench bench-data bench-convert clean
+.PHONY: help install quickstart test test-full lint format bench bench-data bench-convert bench-train clean
 help:
 	@echo "make quickstart   the whole chain on this machine: text -> tokens -> pretrain -> tune -> chat (about 10 minutes)"
 	@echo "make test         the tests (some minutes)        make test-full   with the slow ones"
@@ -47,6 +47,12 @@ bench-data: $(INSTALLED)
 # FULL=--full: the whole 7B model, 54 GB of disk
 bench-convert: $(INSTALLED)
 	$(RUN)/python -m tools.bench.convert $(FULL)
+
+# This trainer, a plain loop and transformers.Trainer side by side on this CPU; the last one needs an extra package.
+bench-train: $(INSTALLED)
+	@$(RUN)/python -c 'import accelerate' 2>/dev/null || \
+		$(RUN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt -e '.[bench]'
+	$(RUN)/python -m tools.bench train
 
 clean:
 	rm -rf $(VENV) runs logs .mypy_cache .ruff_cache .pytest_cache .hypothesis

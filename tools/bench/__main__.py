@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from data_prep.errors import EXIT_BAD_INPUT
+from data_prep.errors import EXIT_BAD_INPUT, exit_on_bad_input
 
 BENCHES = ("data_tokenize", "data_parquet", "data_fim", "data_shuffle", "finetune", "reading", "convert", "train")
 
@@ -29,4 +29,5 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with exit_on_bad_input():
+        main(sys.argv[1:])

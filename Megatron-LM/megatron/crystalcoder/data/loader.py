@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from itertools import count
 
 import numpy as np
@@ -42,7 +42,7 @@ def micro_batches(
     dp_size: int,
     num_workers: int = 0,
     isolate_documents: bool = False,
-) -> Iterator[dict[str, torch.Tensor]]:
+) -> Generator[dict[str, torch.Tensor], None, None]:
     """This data-parallel rank's micro-batches without end, from where `consumed_samples` samples were consumed.
 
     Yields CPU tensors (b, s): int64 `tokens`, `labels` and `position_ids` (0 to s-1: not reset at document ends) and
@@ -65,7 +65,7 @@ def _read_ahead(
     numbers: Iterator[np.ndarray],
     num_workers: int,
     collate: Callable[[np.ndarray], dict[str, torch.Tensor]],
-) -> Iterator[dict[str, torch.Tensor]]:
+) -> Generator[dict[str, torch.Tensor], None, None]:
     batches = (batch.tolist() for batch in numbers)
     loader = DataLoader(
         _BatchDataset(rows, collate),

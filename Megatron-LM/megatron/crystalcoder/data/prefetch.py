@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from queue import Empty, Full, Queue
 
 import torch
@@ -13,7 +13,7 @@ from megatron.crystalcoder import platform
 Batch = dict[str, torch.Tensor]
 
 
-def prefetched(batches: Iterator[Batch], *, depth: int, pin: bool) -> Iterator[Batch]:
+def prefetched(batches: Iterator[Batch], *, depth: int, pin: bool) -> Generator[Batch, None, None]:
     """The same batches in the same order, at most `depth` of them ahead; pinned ones go to a GPU without a wait.
 
     What `batches` raises is raised here in its place. The thread ends with the iterator.

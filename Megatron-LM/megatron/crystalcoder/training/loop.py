@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -92,6 +92,7 @@ def train(
         MetricsLog(config, resumed_iteration=progress.iteration) as log,
         stop_on_sigterm() as stop_requested,
         profiler,
+        closing(data),
     ):
         best = BestCheckpoint(config)
         reader = StepReader(config, order, log, late=late)
