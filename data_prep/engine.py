@@ -267,9 +267,20 @@ def _context() -> Any:
     A forked worker has the modules and the tokenizer that are loaded here, which saves it half a second; of other
     threads it would have the locks as they are held at that moment, and wait for them for ever.
     """
+    return multiprocessing.get_context("fork" if _is_alone() else "spawn")
+
+
+def _is_alone() -> bool:
+    """Whether this process is a single thread, as far as the system tells; those of an earlier stage's pool may take a
+    moment to end after Python is done with them."""
     threads = Path("/proc/self/task")
-    alone = threads.is_dir() and len(list(threads.iterdir())) == 1
-    return multiprocessing.get_context("fork" if alone else "spawn")
+    for _ in range(100):
+        if not threads.is_dir() or threading.active_count() > 1:
+            return False
+        if len(list(threads.iterdir())) == 1:
+            return True
+        time.sleep(0.002)
+    return False
 
 
 def _pool(processes: int, context: Any) -> ProcessPoolExecutor:

@@ -65,3 +65,15 @@ def test_workers_are_forked_with_the_tokenizer(tmp_path: Path, tokenizer_file: P
     assert json.loads(done.stdout.splitlines()[-1])["methods"] == ["spawn"]
     for path in sorted((tmp_path / "forked").iterdir()):
         assert path.read_bytes() == (tmp_path / "spawned" / path.name).read_bytes()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="only Linux tells a process's threads")
+def test_workers_of_a_second_stage_are_forked_too() -> None:
+    """The threads of the first pool end a moment after it. Planted: `range(1)` for `range(100)` -> "spawn", fails."""
+    code = """
+from data_prep.engine import Task, _context, _results
+for stage in range(20):
+    print(_context().get_start_method(), len(list(_results(abs, [Task("a", 1), Task("b", 2)], 2))))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.count("fork 2") >= 18  # on a machine with much else to do a thread may end later
