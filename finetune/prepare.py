@@ -205,6 +205,7 @@ def _read_source(
             for record, example in batch:
                 if isinstance(example, ReadyRow):
                     counts["ready_rows"] += 1
+                    counts["tokens"] += example.planes.shape[1]
                     origin, place = (number, len(files) - 1, record), f"{file.path}, record {record + 1}"
                     _keep_ready(example, sides[0], origin, place, options, faults, tokenizer)
                 elif isinstance(example, Conversation):

@@ -70,13 +70,8 @@ def write_side(
 
     files: the names behind the numbers in `side.origin`. pad_id: what fills rows up.
     """
-    source_of = np.array([source for source, _, _ in side.origin], np.int64)
-    chosen = [
-        mine[repeated(len(mine), times, rng)]
-        for number, times in enumerate(epochs)
-        if len(mine := np.flatnonzero(source_of == number))
-    ]
-    order = np.concatenate(chosen) if chosen else np.empty(0, np.int64)
+    order = _order(side.origin, epochs, rng)
+    ready = _order(side.ready_origin, epochs, rng)
     settings: dict[str, Any] = {"seq_length": seq_length, "pad_id": pad_id}
     lengths = side.store.lengths[order]
     documents = _Chosen(side.store, order)
@@ -85,7 +80,6 @@ def write_side(
         packed = PackedRows(documents, lengths=lengths, **settings)
     else:
         packed = BestFitRows(documents, lengths=lengths, **settings)
-    ready = [PackedRows([side.ready[i]], **settings) for i in range(len(side.ready))]
     total = len(packed) + len(ready)
     trained = 0
     shuffled = rng.permutation(total).tolist()
@@ -101,8 +95,9 @@ def write_side(
                     planes = packed[row]
                     spans = [span(part, side.origin, int(order[part.document])) for part in packed.parts(row)]
                 else:
-                    planes = ready[row - len(packed)][0]
-                    spans = [span(Part(0, 0), side.ready_origin, row - len(packed))]
+                    number = int(ready[row - len(packed)])
+                    planes = PackedRows([side.ready[number]], **settings)[0]
+                    spans = [span(Part(0, 0), side.ready_origin, number)]
                 trained += int(planes[1].sum())
                 writer.write(planes[np.newaxis], [spans])
     tokens = int(lengths.sum()) + len(ready) * seq_length
@@ -115,3 +110,14 @@ def write_side(
         "fill": round(tokens / (total * seq_length), 4) if total else 0.0,
         "document_tokens": dict(zip(("median", "p90", "p99", "longest"), percentiles, strict=True)),
     }
+
+
+def _order(origin: Sequence[Origin], epochs: Sequence[float], rng: np.random.Generator) -> NDArray[np.int64]:
+    """Numbers of the examples as often as their sources are seen, source by source."""
+    source_of = np.array([source for source, _, _ in origin], np.int64)
+    chosen = [
+        mine[repeated(len(mine), times, rng)]
+        for number, times in enumerate(epochs)
+        if len(mine := np.flatnonzero(source_of == number))
+    ]
+    return np.concatenate(chosen) if chosen else np.empty(0, np.int64)

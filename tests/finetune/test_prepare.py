@@ -256,6 +256,32 @@ def test_processed_rows_and_texts_are_mixed_in(tmp_path: Path, tokenizer) -> Non
         prepare([SourceSettings(tmp_path / "in")], tmp_path / "rows", tokenizer, PrepareOptions(max_seq_length=32))
 
 
+def test_processed_rows_are_seen_as_often_as_their_source(tmp_path: Path, tokenizer) -> None:
+    """By epochs and by weight. Planted: each row once, whatever its source's epochs -> fails."""
+    ids = np.arange(300, 300 + 10 * LENGTH + 1)
+    rows = [ids[at : at + LENGTH + 1] for at in range(0, 10 * LENGTH, LENGTH)]
+    keys = ("token_ids", "loss_mask", "label_ids")
+    lines = [dict(zip(keys, (r[:-1].tolist(), [1] * LENGTH, r[1:].tolist()), strict=True)) for r in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    pairs = write_pairs(tmp_path / "pairs.jsonl", [f"w{i}" for i in range(200)])
+    for settings, times in (({"epochs": 2.5}, 25), ({"weight": 1.0}, None)):
+        sources = [
+            SourceSettings(tmp_path / "rows.jsonl", **settings),
+            SourceSettings(pairs, weight=settings.get("weight")),
+        ]
+        facts = prepare(sources, tmp_path / "out", tokenizer, BEST_FIT)
+        seen = Counter(
+            int(planes[0, 0]) for planes, spans in rows_of(tmp_path / "out") if spans[0].path.endswith("rows.jsonl")
+        )
+        assert set(seen) == {int(row[0]) for row in rows}
+        if times:
+            assert seen.total() == times
+        else:
+            tokens = [each["tokens"] * each["epochs"] for each in facts["sources"]]
+            assert tokens[0] == pytest.approx(tokens[1], rel=1e-3)
+            assert seen.total() == round(tokens[0] / LENGTH)
+
+
 def test_refusals_leave_nothing_and_take_nothing(tmp_path: Path, tokenizer) -> None:
     good = SourceSettings(write_pairs(tmp_path / "a.jsonl", ["ab"]))
     kept = tmp_path / "kept"
