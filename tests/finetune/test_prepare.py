@@ -279,7 +279,7 @@ def test_processed_rows_are_seen_as_often_as_their_source(tmp_path: Path, tokeni
         else:
             tokens = [each["tokens"] * each["epochs"] for each in facts["sources"]]
             assert tokens[0] == pytest.approx(tokens[1], rel=1e-3)
-            assert seen.total() == round(tokens[0] / LENGTH)
+            assert abs(seen.total() - tokens[0] / LENGTH) < 1
 
 
 def test_refusals_leave_nothing_and_take_nothing(tmp_path: Path, tokenizer) -> None:
