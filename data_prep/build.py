@@ -32,6 +32,7 @@ from data_prep import commands
 from data_prep.engine import TASKS
 from data_prep.errors import InputError
 from data_prep.manifest import MANIFEST
+from data_prep.subset import parse_subset
 
 RECIPES = Path(__file__).with_name("recipes")
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -41,7 +42,7 @@ UNPACKED = 3.0
 TOKENIZED = 0.45
 # Bytes that one process takes in a second, of text (partition, tokenize) or as they are read: measured on one core of a
 # server of 2024 with source code, rounded down. Writing is in it; a disk that is slower than all processes is not.
-RATES = {"parquet2jsonl": 50e6, "partition": 120e6, "tokenize": 15e6, "fim": 10e6, "shuffle": 60e6}
+RATES = {"parquet2jsonl": 50e6, "partition": 120e6, "tokenize": 15e6, "fim": 10e6, "shuffle": 60e6, "subset": 60e6}
 FIM_SLOWER = 1.5  # tokenising with FIM
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # UsageError; where it lives depends on typer's version
 
@@ -52,7 +53,7 @@ class StepEntry(BaseModel):
     """One step as the file has it."""
 
     model_config = ConfigDict(extra="forbid")
-    run: Literal["parquet2jsonl", "partition", "tokenize", "fim", "shuffle", "split"]
+    run: Literal["parquet2jsonl", "partition", "tokenize", "fim", "shuffle", "split", "subset"]
     inputs: Annotated[str | list[str], Field(alias="in")]
     out: str | None = None
     options: dict[str, Scalar] = {}
@@ -317,6 +318,8 @@ class _Sizes:
             growth = TOKENIZED * text / read if read else 0.0
         elif step.command == "partition" and plain:
             growth = 1 / UNPACKED
+        elif step.command == "subset":
+            growth = sum(end - start for start, end in parse_subset(step.option("--ranges") or "0-1"))
         written = read * epochs * growth
         if step.state == "done":
             return read, _bytes_in(out), 0.0

@@ -241,6 +241,23 @@ def split(folders: Annotated[list[Path], typer.Argument(help="Folders of sequenc
 
 
 @app.command()
+def subset(
+    source: Annotated[Path, typer.Argument(help="Folder of sequences, *.h5")],
+    out: Out,
+    ranges: Annotated[str, typer.Option(help="Fractions of its rows to keep: 0.0-0.1 or 0.0-0.1,0.5-1.0")],
+    processes: Processes = 1,
+    overwrite: Overwrite = False,
+    engine: Engine = EngineKind.local,
+    engine_option: EngineOptions = None,
+) -> None:
+    """Copy stretches of a folder's rows, as `data_subset` in a params.yaml names them."""
+    from data_prep.subset import write_subset
+
+    with run_on(engine.value, engine_option or ()):
+        _report(out, write_subset(source, out, ranges, processes=processes, overwrite=overwrite))
+
+
+@app.command()
 def build(
     recipe: Annotated[str, typer.Argument(help="A recipe, or a shipped one's name: crystalcoder_phase1, 2, 3")],
     root: Annotated[Path, typer.Option(help="Folder that the recipe's paths are relative to")] = Path(),

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from data_prep.errors import InputError
+from data_prep.subset import parse_subset, subset_ranges
 from megatron.crystalcoder.data.loader import open_data
-from megatron.crystalcoder.data.mixture import MixtureOrder, Source, epoch_counts, parse_subset, subset_ranges
+from megatron.crystalcoder.data.mixture import MixtureOrder, Source, epoch_counts
 from megatron.crystalcoder.training.config import DataSettings, MixtureEntry
 from support.sequence_rows import S, V, make_rows, write_h5
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from data_prep.errors import InputError
+from data_prep.subset import parse_subset
 from megatron.crystalcoder.data.loader import open_data
-from megatron.crystalcoder.data.mixture import Source, parse_subset
+from megatron.crystalcoder.data.mixture import Source
 from megatron.crystalcoder.data.reference_order import ReferenceOrder, reference_subset
 from megatron.crystalcoder.training.config import DataSettings, MixtureEntry
 from support.sequence_rows import S, V, make_rows, write_h5

@@ -11,7 +11,6 @@ last epoch left off, so a dataset that an epoch sees only partly is seen whole i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,6 +20,7 @@ from itertools import accumulate
 import numpy as np
 
 from data_prep.errors import InputError
+from data_prep.subset import format_subset, subset_ranges
 from megatron.crystalcoder.data.order import Order, StreamOrder, shuffled_cycle
 from megatron.crystalcoder.data.permutation import permute
 from megatron.crystalcoder.data.rows import Rows, open_rows
@@ -65,32 +65,6 @@ def check_weights(mixture: Sequence[MixtureEntry]) -> None:
             )
     if not any(entry.weight for entry in mixture):
         raise InputError("no dataset of the mixture has a weight above 0: give at least one a positive weight")
-
-
-def parse_subset(text: str) -> tuple[tuple[float, float], ...]:
-    """`"0.0-0.1,0.5-1.0"` as pairs of fractions. InputError unless they rise within [0, 1] without overlap."""
-    pairs = []
-    for part in str(text).split(","):
-        match = re.fullmatch(r"\s*(\d*\.?\d+)\s*-\s*(\d*\.?\d+)\s*", part)
-        if not match:
-            raise InputError(f"data_subset '{text}': write ranges like 0.0-0.1 or 0.0-0.1,0.5-1.0")
-        pairs.append((float(match[1]), float(match[2])))
-    bounds = [bound for pair in pairs for bound in pair]
-    if bounds != sorted(bounds) or bounds[-1] > 1 or any(first == end for first, end in pairs):
-        raise InputError(f"data_subset '{text}': ranges rise from 0 to 1 and do not overlap, as in 0.0-0.1,0.5-1.0")
-    return tuple(pairs)
-
-
-def format_subset(subset: Sequence[tuple[float, float]]) -> str:
-    """The inverse of `parse_subset`."""
-    return ",".join(f"{first}-{end}" for first, end in subset)
-
-
-def subset_ranges(subset: Sequence[tuple[float, float]], num_rows: int) -> list[tuple[int, int]]:
-    """Half-open row ranges of the fractions `subset` of `num_rows` rows; bounds are int(num_rows * fraction)."""
-    # Decimal fractions as written: 0.29 * 100 is 28.999... in floating point.
-    ranges = [(int(num_rows * Fraction(str(a))), int(num_rows * Fraction(str(b)))) for a, b in subset]
-    return [(first, end) for first, end in ranges if first < end]
 
 
 def epoch_counts(weights: Sequence[float], lengths: Sequence[int]) -> list[int]:

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from data_prep.errors import InputError
-from megatron.crystalcoder.data.mixture import Source, check_weights, format_subset
+from data_prep.subset import format_subset
+from megatron.crystalcoder.data.mixture import Source, check_weights
 from megatron.crystalcoder.data.order import Order, StreamOrder
 from megatron.crystalcoder.data.rows import Rows, open_rows
 from megatron.crystalcoder.training.config import DataSettings

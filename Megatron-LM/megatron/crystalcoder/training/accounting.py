@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_prep.errors import InputError
-from megatron.crystalcoder.data.mixture import format_subset
+from data_prep.subset import format_subset
 from megatron.crystalcoder.data.order import Order
 from megatron.crystalcoder.data.rows import Rows
 from megatron.crystalcoder.training.config import DataSettings, TrainConfig

@@ -12,7 +12,7 @@ from typing import Any, Literal, NoReturn, get_args
 from pydantic import BaseModel, ValidationError
 
 from data_prep.errors import InputError
-from megatron.crystalcoder.data.mixture import parse_subset
+from data_prep.subset import parse_subset
 from megatron.crystalcoder.model.config import ModelConfig, MuP, ParallelConfig
 from megatron.crystalcoder.model.initialization import InitSettings, Normal, Uniform
 from megatron.crystalcoder.training.config import (
