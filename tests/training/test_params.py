@@ -14,7 +14,8 @@ from data_prep.errors import InputError
 from megatron.crystalcoder.data.mixture import MixtureOrder, Source
 from megatron.crystalcoder.model.config import MuP
 from megatron.crystalcoder.model.initialization import Normal, Uniform
-from megatron.crystalcoder.training.config import MixtureEntry, ScheduleSegment
+from megatron.crystalcoder.training.config import DataSettings, MixtureEntry, ScheduleSegment
+from megatron.crystalcoder.training.evaluation import evaluation_names
 from megatron.crystalcoder.training.params import Params, ReferenceCompat, default_micro_batch_size, load_params
 from megatron.crystalcoder.training.params_schema import ParamsSchema
 from megatron.crystalcoder.training.schedules import learning_rate
@@ -436,6 +437,23 @@ def test_the_references_choices_are_options(tiny_path: Path) -> None:
     assert glu.init_settings().gate == Uniform(128**-0.5)
     data = load_params(tiny_path, reference=ReferenceCompat(order=True)).train_config().data
     assert (data.reference_order, data.order) == (True, "mixture")
+
+
+def test_a_weight_of_zero_is_the_references_alone(tiny_path: Path) -> None:
+    """Refused by its line (see WRONG); with the reference's order its effect there is reproduced."""
+    overrides = ["train_input.mixture.1.weight=0"]
+    with pytest.raises(InputError, match=r"override .train_input.mixture.1.weight=0.: .*data/code is never drawn"):
+        load_params(tiny_path, overrides)
+    params = load_params(tiny_path, overrides, ReferenceCompat(order=True))
+    assert params.train_config().data.mixture[1].weight == 0
+
+
+def test_each_evaluation_set_has_a_name_of_its_own() -> None:
+    """Two of one name would leave one loss in the mean. Planted: the last part of the path alone, fails."""
+    one, two, three = (DataSettings(paths=(Path(path),)) for path in ("a/val", "b/val", "a/code"))
+    mixed = DataSettings(mixture=(MixtureEntry(Path("x"), 1.0), MixtureEntry(Path("y"), 1.0)))
+    assert evaluation_names([one, two, three, mixed]) == ["a/val", "b/val", "code", "x + y"]
+    assert evaluation_names([one, three, one]) == ["a/val #1", "code", "a/val #3"]
 
 
 def test_a_missing_file_and_one_that_is_no_params_file(tmp_path: Path) -> None:

@@ -10,7 +10,10 @@ from importlib import import_module
 
 from data_prep.errors import EXIT_BAD_INPUT, exit_on_bad_input
 
-BENCHES = ("data_tokenize", "data_parquet", "data_fim", "data_shuffle", "finetune", "reading", "convert", "train")
+BENCHES = (
+    *("data_tokenize", "data_parquet", "data_fim", "data_shuffle", "finetune", "reading", "convert"),
+    *("train", "plan"),
+)
 
 
 def main(names: list[str]) -> None:
