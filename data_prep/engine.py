@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -143,6 +144,9 @@ def run_step(
                 advance(number)
     except LostTasks:
         raise
+    except BrokenProcessPool:
+        remedy = "run the same command again, with fewer --processes if memory was short; what is done is kept"
+        raise InputError(f"{out}: a worker process was killed: {remedy}") from None
     except (InputError, OSError, RuntimeError) as error:
         if not num_done:
             _leave(out)

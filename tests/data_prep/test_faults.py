@@ -7,6 +7,7 @@ import io
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tarfile
@@ -19,7 +20,9 @@ import pytest
 import zstandard
 
 from data_prep.commands import main
+from data_prep.engine import Task, run_step
 from data_prep.errors import InputError
+from data_prep.manifest import record
 from data_prep.sources import FaultPolicy, discover, read_documents
 
 
@@ -221,3 +224,23 @@ def test_a_full_disk(tmp_path: Path, tokenizer_file: Path, repo_root: Path, step
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
     assert subprocess.run(command, cwd=repo_root, capture_output=True).returncode == 0
+
+
+def die_once(argument: tuple[str, str]) -> dict[str, object]:
+    """A task whose worker is killed the first time that it is done."""
+    name, folder = argument
+    mark = Path(folder, "killed")
+    if name == "b" and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return record(counts={"tasks": 1})
+
+
+def test_a_worker_is_killed(tmp_path: Path) -> None:
+    """By the system, where memory is short: one line, and the same command goes on. Planted: not caught -> a traceback
+    of BrokenProcessPool, fails."""
+    tasks = [Task(name, (name, str(tmp_path))) for name in "abc"]
+    with pytest.raises(InputError, match="out: a worker process was killed: run the same command again"):
+        run_step("kill", tmp_path / "out", tasks, die_once, settings={}, processes=2)
+    manifest = run_step("kill", tmp_path / "out", tasks, die_once, settings={}, processes=2)
+    assert manifest["counts"]["tasks"] == 3
