@@ -148,13 +148,16 @@ def shuffle_file(task: ShuffleTask) -> Record:
     spills = [Spill(Path(path)) for path in task.spills]
     with SequenceWriter(task.target, task.max_seq_length) as writer:
         for start in range(task.start, task.stop, task.block):
-            stop = min(start + task.block, task.stop)
-            pieces = [spill.read(start, stop) for spill in spills]
-            destinations = np.concatenate([piece.destinations for piece in pieces])
-            chunks = [chunk for piece in pieces for chunk in piece.chunks]
-            order = np.argsort(destinations)
-            known = [piece.spans for piece in pieces if piece.spans]
-            # Spans are kept for all rows of a file or for none.
-            spans = SpanTable.join(known).take(order) if len(known) == len(pieces) else None
-            writer.write_compressed(map(chunks.__getitem__, order.tolist()), spans)
+            writer.write_compressed(*_collect(spills, start, min(start + task.block, task.stop)))
     return record(outputs={Path(task.target).name: writer.summary}, counts={"sequences": writer.num_rows})
+
+
+def _collect(spills: Sequence[Spill], start: int, stop: int) -> tuple[list[bytes], SpanTable | None]:
+    """The rows that go to places start … stop - 1, in their order, and their documents."""
+    pieces = [spill.read(start, stop) for spill in spills]
+    order = np.argsort(np.concatenate([piece.destinations for piece in pieces]))
+    chunks = [chunk for piece in pieces for chunk in piece.chunks]
+    known = [piece.spans for piece in pieces if piece.spans]
+    # Spans are kept for all rows of a file or for none.
+    spans = SpanTable.join(known).take(order) if len(known) == len(pieces) else None
+    return [chunks[number] for number in order.tolist()], spans

@@ -80,8 +80,11 @@ class Spill:
         if self._span_ends is not None:
             begin = _before(self._span_ends, first)
             counts = np.diff(self._span_ends[first:last], prepend=begin)
-            spans = SpanTable(self._paths, counts, self._spans[begin : begin + counts.sum()])
-        return Spilled(self._destinations[first:last], chunks, spans)
+            spans = SpanTable(self._paths, counts, self._spans[begin : begin + counts.sum()].copy())
+        found = Spilled(self._destinations[first:last].copy(), chunks, spans)
+        # Else what was read of all spill files would stay in this process's memory to its end.
+        self._bytes.madvise(mmap.MADV_DONTNEED)
+        return found
 
 
 def _before(ends: np.ndarray, number: int) -> int:
