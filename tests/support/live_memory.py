@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 
@@ -20,10 +21,25 @@ class LiveMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.note(result)
+        return result
+
+    def note(self, result: Any) -> None:
+        """Count the tensors in `result`, too."""
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._note(leaf)
-        return result
+
+    def outside(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, which does not run under a dispatch mode (torch.compile): its results are counted, no more."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with _disable_current_modes():
+                result = function(*args, **kwargs)
+            self.note(result)
+            return result
+
+        return call
 
     def _note(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -177,8 +177,8 @@ def _chosen(flag: str, text: str, known: tuple[str, ...]) -> list[str]:
 
 def check_kernels(shapes: list[str]) -> list[Check]:
     """Every check, printed as it is done."""
-    found = []
-    for check in run_checks(platform.device(), SMALL if shapes == ["tiny"] else Sizes()):
+    found, sizes = [], SMALL if shapes == ["tiny"] else Sizes()
+    for check in run_checks(platform.device(), sizes, compiled=torch.cuda.is_available()):
         verdict = "ok" if check.passed else "WRONG"
         print(
             f"{check.name:24} {check.dtype:9} off by {check.error:.1e} of {check.tolerance:.0e}: {verdict}", flush=True
@@ -273,7 +273,7 @@ def measure(result: Measurement, config: TrainConfig, deadline: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = random_rows(Path(folder) / "rows.h5", config.model.vocab_size, config.seq_length)
         config = replace(config, data=replace(config.data, paths=(path,)))
-        model, optimizer = build(config, Start("random weights", TiledWeights(config.model)))
+        model, optimizer = build(config, Start("random weights", TiledWeights(config.model, platform.device())))
         rows, order = open_data(config.data, seq_length=config.seq_length, vocab_size=config.model.vocab_size)
         size = config.micro_batch_size
         data = micro_batches(rows, order, consumed_samples=0, micro_batch_size=size, dp_rank=0, dp_size=1)

@@ -23,7 +23,7 @@ from megatron.crystalcoder.model.kernels.swiglu import swiglu
 from megatron.crystalcoder.platform import GroupStepAdamW
 
 # Relative error (L2, whole tensor) that rounding explains; a mistake is at least some percent.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 2e-2}
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ class _Case:
     tolerance: float | None = None
 
 
-def run_checks(device: torch.device, sizes: Sizes, *, seed: int = 0) -> Iterator[Check]:
-    """All pieces in bf16 and fp32, the compiled forms on a GPU; fp8 products in bf16, emulated without a GPU."""
+def run_checks(device: torch.device, sizes: Sizes, *, compiled: bool, seed: int = 0) -> Iterator[Check]:
+    """All pieces in bf16 and fp32, compiled or not; fp8 products in bf16, emulated without a GPU."""
     for dtype in (torch.bfloat16, torch.float32):
         generator = torch.Generator(device).manual_seed(seed)
-        for case in _cases(device, dtype, sizes, generator):
+        for case in _cases(device, dtype, sizes, generator, compiled):
             error = _error(case, dtype)
             yield Check(case.name, str(dtype).removeprefix("torch."), error, case.tolerance or TOLERANCE[dtype])
 
@@ -105,8 +105,10 @@ def relative_error(got: Tensor, true: Tensor) -> float:
     return float((got.double() - true).norm() / true.norm().clamp(min=1e-300))
 
 
-def _cases(device: torch.device, dtype: torch.dtype, z: Sizes, generator: torch.Generator) -> Iterator[_Case]:
-    compiled, fp8 = device.type == "cuda", dtype == torch.bfloat16
+def _cases(
+    device: torch.device, dtype: torch.dtype, z: Sizes, generator: torch.Generator, compiled: bool
+) -> Iterator[_Case]:
+    on_gpu = device.type == "cuda"
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device) * scale
@@ -142,8 +144,8 @@ def _cases(device: torch.device, dtype: torch.dtype, z: Sizes, generator: torch.
 
     weight, gradient = draw(z.ffn, h, scale=h**-0.5), draw(z.seq, z.batch, z.ffn)
     yield _Case("linear", linear, torch.nn.functional.linear, [x, weight, draw(z.ffn)])
-    if fp8:
-        by = Fp8Products(emulated=not compiled, compiled=compiled)
+    if dtype == torch.bfloat16:
+        by = Fp8Products(emulated=not on_gpu, compiled=compiled)
         # Rounding to e4m3 and e5m2 is 2.6% and 5.2% in the mean square; a wrong scale, a factor.
         inputs = [x, weight, draw(z.ffn)]
         yield _Case("linear, fp8", lambda *of: linear(*of, by=by), torch.nn.functional.linear, inputs, tolerance=0.08)
@@ -154,8 +156,8 @@ def _cases(device: torch.device, dtype: torch.dtype, z: Sizes, generator: torch.
         lambda x, weight, gradient: before.double() + gradient.flatten(0, 1).T @ x.flatten(0, 1),
         [x, weight, gradient],
         gradients=False,
-        # Where the product is summed in fp32 from the start; a product rounded to bf16 first would be 1e-3 off.
-        tolerance=1e-5 if compiled else None,
+        # A GPU sums the product in fp32 from the start; rounded to bf16 first it would be 1.6e-3 off.
+        tolerance=1e-4 if on_gpu else None,
     )
     if dtype == torch.float32:
         yield _Case("AdamW", _fused_adamw, _adamw, [draw(z.ffn, h), *(draw(z.ffn, h) for _ in range(3))], False)

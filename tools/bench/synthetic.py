@@ -17,12 +17,15 @@ _TILE = 1 << 20
 
 
 class TiledWeights:
-    """A WeightSource of bf16 normal numbers of which a million are drawn and repeated; norms are 1, biases 0."""
+    """A WeightSource of bf16 normal numbers of which a million are drawn and repeated; norms are 1, biases 0.
 
-    def __init__(self, config: ModelConfig, seed: int = 1) -> None:
-        self.config, self._shapes = config, logical_shapes(config)
-        generator = torch.Generator().manual_seed(seed)
-        self._tile = (torch.randn(_TILE, generator=generator) * 0.02).bfloat16()
+    device: where they are made, and put in order.
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device | None = None) -> None:
+        self.config, self._shapes, self._device = config, logical_shapes(config), device
+        generator = torch.Generator().manual_seed(1)
+        self._tile = (torch.randn(_TILE, generator=generator) * 0.02).bfloat16().to(device)
 
     def names(self) -> Iterable[str]:
         """All logical tensors."""
@@ -36,7 +39,7 @@ class TiledWeights:
         """One tensor."""
         shape = self._shapes[name]
         if len(shape) == 1:
-            return torch.full(shape, float(name.endswith("weight")), dtype=torch.bfloat16)
+            return torch.full(shape, float(name.endswith("weight")), dtype=torch.bfloat16, device=self._device)
         count = int(np.prod(shape))
         return self._tile.repeat(-(-count // _TILE))[:count].view(shape)
 
