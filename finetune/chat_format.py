@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from functools import cached_property
+from itertools import chain, islice, pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -40,6 +41,7 @@ from finetune.templates import (
 )
 
 BATCH = 256  # examples whose texts are encoded together
+MAX_SHAPES = 10_000  # of conversations, remembered
 CONTROL_TOKENS = (BOS, EOS, USER_START, USER_END, SYSTEM_START, SYSTEM_END)
 
 __all__ = [
@@ -81,66 +83,94 @@ class ChatFormat:
     def segments(self, example: Example) -> Iterator[Segment]:
         """The example as control tokens and texts, in order. Neighbouring texts stay apart only where one is trained
         and the other is not."""
-        return _joined(self._pieces(example))
+        if isinstance(example, PlainText):
+            # In the reference's rows of plain text the `<s>` behind another document's end is predicted too.
+            return iter((Segment(BOS, True, True), Segment(example.text, False, True), Segment(EOS, True, True)))
+        shape = tuple([(turn.role, turn.trained) for turn in example.turns])
+        if shape not in self._steps_of:
+            if len(self._steps_of) >= MAX_SHAPES:
+                self._steps_of.clear()
+            self._steps_of[shape] = list(_joined(self._steps(shape)))
+        return self._spoken(self._steps_of[shape], example.turns)
 
     def prompt(self, turns: Sequence[Turn]) -> Iterator[Segment]:
         """The segments of an unfinished conversation, up to where the model's answer begins."""
-        pieces = _turn_pieces(self.template, turns, [False] * len(turns), turn_ends=False)
-        opening = (_piece(part, False) for part in self.template.assistant.before)
-        return _joined(
-            piece for group in ((_piece(p, False) for p in self.template.start), pieces, opening) for piece in group
+        steps = chain(
+            (_step(part, False) for part in self.template.start),
+            _turn_steps(self.template, [(turn.role, False) for turn in turns]),
+            (_step(part, False) for part in self.template.assistant.before),
         )
+        return self._spoken(_joined(steps), turns)
 
-    def _pieces(self, example: Example) -> Iterator[Segment]:
+    @cached_property
+    def _steps_of(self) -> dict[Shape, list[_Step]]:
+        """What has been found before: most conversations of a data set have one of a few shapes."""
+        return {}
+
+    def _steps(self, shape: Shape) -> Iterator[_Step]:
         everything = self.train == "all"
-        if isinstance(example, PlainText):
-            # In the reference's rows of plain text the `<s>` behind another document's end is predicted too.
-            yield from (_piece(BOS, True), Segment(example.text, is_control=False, trained=True), _piece(EOS, True))
-            return
-        turns = example.turns
-        last = len(turns) - 1
+        last = len(shape) - 1
         trained = [
-            everything or (turn.role == "assistant" and turn.trained and (self.train != "last" or number == last))
-            for number, turn in enumerate(turns)
+            everything or (role == "assistant" and wanted and (self.train != "last" or number == last))
+            for number, (role, wanted) in enumerate(shape)
         ]
-        yield from (_piece(part, everything) for part in self.template.start)
-        yield from _turn_pieces(self.template, turns, trained, turn_ends=self.turn_ends, everything=everything)
+        told = [(role, is_trained) for (role, _), is_trained in zip(shape, trained, strict=True)]
+        yield from (_step(part, everything) for part in self.template.start)
+        yield from _turn_steps(self.template, told, turn_ends=self.turn_ends, everything=everything)
         written = self.template.written_ends[1]
         for number, part in enumerate(self.template.end):
-            yield _piece(part, everything or (number < written and trained[last]))
+            yield _step(part, everything or (number < written and trained[last]))
+
+    def _spoken(self, steps: Iterable[_Step], turns: Sequence[Turn]) -> Iterator[Segment]:
+        texts = [turn.text.strip() if self.template.strip else turn.text for turn in turns]
+        for parts, is_control_token, trained in steps:
+            content = "".join([texts[part] if isinstance(part, int) else part for part in parts])
+            yield Segment(content, is_control_token, trained)
 
 
-def _turn_pieces(
-    template: ChatTemplate, turns: Sequence[Turn], trained: Sequence[bool], *, turn_ends: bool, everything: bool = False
-) -> Iterator[Segment]:
+Shape = tuple[tuple[Role, bool], ...]  # of a conversation: who speaks, and whether the data wants it trained
+
+
+class _Step(NamedTuple):
+    """A segment whose texts are yet to be filled in: words of the template, and numbers of turns that speak there."""
+
+    parts: tuple[str | int, ...]
+    is_control: bool
+    trained: bool
+
+
+def _turn_steps(
+    template: ChatTemplate, turns: Sequence[tuple[Role, bool]], *, turn_ends: bool = False, everything: bool = False
+) -> Iterator[_Step]:
+    """turns: who speaks, and whether that is trained."""
     previous: Role | None = None
     written = template.written_ends[0]
-    for number, (turn, is_trained) in enumerate(zip(turns, trained, strict=True)):
-        markup = template.markup(turn.role, previous)
+    for number, (role, is_trained) in enumerate(turns):
+        markup = template.markup(role, previous)
         for place, part in enumerate(markup.before):
-            follows_answer = place == 0 and previous == "assistant" and trained[number - 1]
-            yield _piece(part, everything or (turn_ends and follows_answer))
-        text = markup.text.replace("{text}", turn.text.strip() if template.strip else turn.text)
-        yield Segment(text, is_control=False, trained=is_trained)
+            follows_answer = place == 0 and previous == "assistant" and turns[number - 1][1]
+            yield _step(part, everything or (turn_ends and follows_answer))
+        before, after = markup.text.split("{text}")
+        yield _Step((before, number, after), is_control=False, trained=is_trained)
         for place, part in enumerate(markup.after):
             # Only an answer is ever trained, so these are the assistant's.
-            yield _piece(part, everything or (is_trained and place < written))
-        previous = turn.role
+            yield _step(part, everything or (is_trained and place < written))
+        previous = role
 
 
-def _piece(part: str, trained: bool) -> Segment:
-    return Segment(part, is_control(part), trained)
+def _step(part: str, trained: bool) -> _Step:
+    return _Step((part,), is_control(part), trained)
 
 
-def _joined(pieces: Iterable[Segment]) -> Iterator[Segment]:
-    held: Segment | None = None
-    for piece in pieces:
+def _joined(steps: Iterable[_Step]) -> Iterator[_Step]:
+    held: _Step | None = None
+    for step in steps:
         if held is not None:
-            if not (held.is_control or piece.is_control) and held.trained == piece.trained:
-                held = Segment(held.content + piece.content, is_control=False, trained=held.trained)
+            if not (held.is_control or step.is_control) and held.trained == step.trained:
+                held = _Step(held.parts + step.parts, is_control=False, trained=held.trained)
                 continue
             yield held
-        held = piece
+        held = step
     if held is not None:
         yield held
 

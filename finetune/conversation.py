@@ -14,6 +14,7 @@ DEFAULT_SYSTEM_PROMPT = (
 )
 
 Role = Literal["system", "user", "assistant"]
+_ROLES = frozenset(get_args(Role))
 
 
 class TurnError(InputError):
@@ -50,7 +51,7 @@ class Conversation:
             raise InputError("the conversation has no turns: drop the record")
         previous: Role | None = None
         for number, turn in enumerate(self.turns):
-            if turn.role not in get_args(Role):
+            if turn.role not in _ROLES:
                 raise TurnError(number, f"unknown role '{turn.role}': use system, user or assistant")
             if turn.role == "system" and number:
                 raise TurnError(number, "a system turn after the first: move it to the front")

@@ -108,7 +108,11 @@ def _functions() -> Iterator[Record]:
             continue
         lines = text.splitlines()
         for node in nodes:
-            if isinstance(node, ast.FunctionDef) and (asked := ast.get_docstring(node)) and len(node.body) > 1:
+            if (
+                isinstance(node, ast.FunctionDef)
+                and (asked := (ast.get_docstring(node) or "").strip())
+                and node.body[1:]
+            ):
                 answer = "\n".join(
                     lines[node.lineno - 1 : node.body[0].lineno - 1] + lines[node.body[1].lineno - 1 : node.end_lineno]
                 )
