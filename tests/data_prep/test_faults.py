@@ -197,7 +197,7 @@ def test_every_fault_in_one_corpus(tmp_path: Path, tokenizer_file: Path) -> None
     main([*command, "--overwrite"])  # nothing is left but the empty file
 
 
-@pytest.mark.parametrize("step", ["tokenize", "parquet2jsonl", "partition"])
+@pytest.mark.parametrize("step", ["tokenize", "parquet2jsonl", "partition", "fim", "shuffle"])
 def test_a_full_disk(tmp_path: Path, tokenizer_file: Path, repo_root: Path, step: str) -> None:
     """A limit on a file's size stands for it: one line, exit 2, nothing left; with room the same command works.
 
@@ -207,8 +207,12 @@ def test_a_full_disk(tmp_path: Path, tokenizer_file: Path, repo_root: Path, step
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.jsonl").write_bytes(lines(*texts))
     pyarrow.parquet.write_table(pyarrow.table({"content": texts}), tmp_path / "in/a.parquet")
+    rows = str(tmp_path / "rows")
+    main(["tokenize", str(tmp_path / "in/a.jsonl"), "--out", rows, "--tokenizer", str(tokenizer_file)])
     options = {
         "tokenize": [str(tmp_path / "in/a.jsonl"), "--tokenizer", str(tokenizer_file)],
+        "fim": [rows, "--tokenizer", str(tokenizer_file), "--rate", "0.5"],
+        "shuffle": [rows, "--files", "2"],
         "parquet2jsonl": [str(tmp_path / "in")],
         "partition": [str(tmp_path / "in/a.jsonl"), "--valid", "0.5"],
     }[step]
