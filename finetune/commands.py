@@ -42,7 +42,8 @@ def prepare_command(
         list[str] | None,
         typer.Argument(
             metavar="SRC...",
-            help=".json, .jsonl, .parquet, .txt files or folders of them; SRC@2 is seen twice, SRC@0.5 half of it once",
+            help=".json, .jsonl, .parquet, .txt files or folders of them; SRC@2 is seen twice, SRC@0.5 half of it "
+            "once; or one .yaml: a recipe",
             show_default=False,
         ),
     ] = None,
@@ -87,6 +88,8 @@ def prepare_command(
     ] = "stop",
 ) -> None:
     """Encode examples, pack them into rows with a loss mask, shuffle the rows, write HDF5 files."""
+    if sources and len(sources) == 1 and sources[0].endswith((".yaml", ".yml")) and recipe is None:
+        recipe, sources = sources[0], None
     if bool(sources) == (recipe is not None):
         raise InputError("give source files, or --recipe, and not both")
     if root is not None and recipe is None:

@@ -216,6 +216,12 @@ def test_shipped_recipes(tmp_path: Path, tokenizer_file: Path, capsys: pytest.Ca
     for name, share in shares.items():
         assert sizes[name] / total == pytest.approx(share / 1102.5, rel=2e-3), name
 
+    (tmp_path / "mix.yaml").write_text("sources: [{path: rosetta_alpaca.json, epochs: 2}]")
+    with pytest.raises(SystemExit) as status:
+        main(["finetune", "prepare", str(tmp_path / "mix.yaml"), "--out", str(tmp_path / "rows"), *options])
+    assert not status.value.code
+    assert json.loads((tmp_path / "rows/prepare.json").read_text())["train"]["documents"] == 10
+
     for name, says in (
         ("code_alpaca", "code_alpaca_2k.json: no such file or folder"),
         ("x", "or one of code_alpaca, crystalchat"),

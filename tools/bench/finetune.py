@@ -21,7 +21,7 @@ from tools.bench.report import Table
 
 SEQUENCE = 2048
 REPEATED = 150  # times Code Alpaca, each record numbered so that none is left out as a repetition
-FUNCTIONS = 60_000
+FUNCTIONS = 20_000
 ROUNDS = 2  # of ours; best of them
 
 Record = dict[str, Any]
