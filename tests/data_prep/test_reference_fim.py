@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -179,10 +180,40 @@ def test_stage_3_folders(tmp_path: Path, windows: Path, llama: Path) -> None:
 def test_shuffle_script(repo_root: Path, windows: Path, tmp_path: Path) -> None:
     script = repo_root / "data_prep/scripts/shuffle.sh"
     import os
-    import sys
 
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = ["bash", str(script), str(tmp_path / "out"), "3", "0", str(windows)]
     assert subprocess.run(command, env=environment, capture_output=True).returncode == 0
     assert len(sequence_files(tmp_path / "out")) == 3
     assert subprocess.run(["bash", str(script)], env=environment, capture_output=True).returncode == 2
+
+
+def test_without_flags(tmp_path: Path, tokenizer_file: Path, repo_root: Path) -> None:
+    """Both stages find and write what the reference's scripts do; a language that is not there is named.
+
+    Planted: three epochs in stage 2 -> a folder too many, fails.
+    """
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
+    split = "data/starcoderdata_tokenized_stage3_split"
+    languages = [f"{split}/train/{language}" for language in ("python", "css", "html")]
+    for folder in ("data/starcoderdata_tokenized", *languages):
+        with SequenceWriter(tmp_path / folder / "examples_0_0.h5", 16) as writer:
+            writer.write(np.full((2, 3, 16), 300, np.int32))
+
+    def run(stage: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(repo_root / f"data_prep/fim_hdf5_{stage}.py")]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    done = run("stage2")
+    assert (done.returncode, done.stderr) == (0, "")
+    out = tmp_path / "data/StarCoder_fim"
+    found = sorted(p.relative_to(out).as_posix() for p in out.glob("*/*"))
+    assert found == [f"epoch_{epoch}/examples_0_0.h5" for epoch in range(2)]
+    done = run("stage3")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "train/javascript: no such file or folder" in done.stderr
+    assert not (tmp_path / f"{split}_fim_0.3").exists()
+    (tmp_path / split / "train/javascript").symlink_to("css")
+    assert run("stage3").returncode == 0
+    names = {f"{language}_{epoch}" for language in ("python", "css", "html", "javascript") for epoch in range(3)}
+    assert {p.name for p in (tmp_path / f"{split}_fim_0.3/train").iterdir() if p.is_dir()} == names
