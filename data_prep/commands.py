@@ -150,7 +150,9 @@ def tokenize(
     seed: Annotated[int, typer.Option(help="Seed of the FIM cuts")] = 0,
     on_error: Annotated[OnError, typer.Option(help="At a bad record: stop, or skip and list it")] = OnError.stop,
     rows_per_file: Annotated[int, typer.Option(help="Sequences of an HDF5 file at most")] = 50_000,
-    shard_mb: Annotated[int, typer.Option(help="Input files are packed together up to about this size")] = 16,
+    shard_mb: Annotated[
+        int | None, typer.Option(help="Input files are packed together up to about this size [1 to 16, by the corpus]")
+    ] = None,
     processes: Processes = 1,
     overwrite: Overwrite = False,
     engine: Engine = EngineKind.local,
@@ -169,7 +171,7 @@ def tokenize(
         text_suffixes=tuple(filter(None, text_suffixes.split(","))),
         on_error=on_error.value,
         rows_per_file=rows_per_file,
-        shard_bytes=shard_mb << 20,
+        shard_bytes=None if shard_mb is None else shard_mb << 20,
     )
     with run_on(engine.value, engine_option or ()):
         _report(out, tokenize_corpus(inputs, out, options, processes=processes, overwrite=overwrite))

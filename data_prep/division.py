@@ -14,13 +14,18 @@ from data_prep.errors import InputError
 from data_prep.sources import Part, Source
 from data_prep.streams import is_url, open_bytes, size_of
 
-# Smaller files are not worth it: JSON lines have to be read once to count the lines.
+# Smaller files are not worth it, for JSON lines have to be read once to count them: those of fewer parts than this,
+# unless they are more than a 16th of a corpus, which would leave some processes without work.
 WORTHWHILE = 16
+CONSIDERABLE = 16
 READ_SIZE = 1 << 24
 
 
-def divide(source: Source, part_bytes: int) -> list[tuple[Source, int]]:
+def divide(source: Source, part_bytes: int, corpus_bytes: int | None = None) -> list[tuple[Source, int]]:
     """The parts of a file, each of about `part_bytes` on disk, and their sizes; a file that stays whole is one part.
+
+    Args:
+        corpus_bytes: of all files together, if that is known.
 
     Raises:
         InputError: the file cannot be read.
@@ -29,7 +34,10 @@ def divide(source: Source, part_bytes: int) -> list[tuple[Source, int]]:
     if size is None:
         return [(source, part_bytes)]
     parts: list[tuple[Part, int]] = []
-    if part_bytes and size > WORTHWHILE * part_bytes and not is_url(source.path):
+    enough = WORTHWHILE * part_bytes
+    if corpus_bytes is not None:
+        enough = min(enough, max(2 * part_bytes, corpus_bytes // CONSIDERABLE))
+    if part_bytes and size > enough and not is_url(source.path):
         if source.path.endswith(".jsonl"):
             parts = list(line_parts(source.path, part_bytes))
         elif source.path.endswith(".parquet"):

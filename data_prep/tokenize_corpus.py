@@ -27,8 +27,10 @@ from data_prep.packing import Packer
 from data_prep.provenance import Span, SpanTracker
 from data_prep.sequences import SequenceWriter
 from data_prep.sources import Document, FaultPolicy, Source, discover, read_documents
+from data_prep.streams import size_of
 from data_prep.tokenizer import Tokenizer, load_tokenizer_once
 
+AUTOMATIC = (1 << 20, 16 << 20)  # bytes of a shard
 BATCH = 1 << 20  # characters that are encoded at a time
 
 
@@ -41,7 +43,8 @@ class TokenizeOptions:
         fim: per-document FIM; None for none. Its chance is keyed by (seed, epoch, input file, document).
         epochs: how often the corpus is written, each time with other FIM draws, to OUT/epoch_<e>; 0: once, to OUT.
         rows_per_file: sequences of one HDF5 file at most.
-        shard_bytes: input files are grouped into shards of about this size, and much larger ones are divided.
+        shard_bytes: input files are grouped into shards of about this size, and much larger ones are divided; None: a
+            64th of the corpus, within AUTOMATIC: work for many processes, and not too many files.
         eos_id: what the caller takes the end of a document to be; a tokenizer that differs is refused.
         pad_id: fills the last sequence of a shard, [eos_id].
         min_sequence_len: the end of a shard, if it has fewer tokens, is left out and counted.
@@ -56,7 +59,7 @@ class TokenizeOptions:
     text_suffixes: tuple[str, ...] = ()
     on_error: Literal["stop", "skip"] = "stop"
     rows_per_file: int = 50_000
-    shard_bytes: int = 16 << 20
+    shard_bytes: int | None = None
     output_name: str = "examples"
     eos_id: int | None = None
     pad_id: int | None = None
@@ -130,11 +133,14 @@ def tokenize_corpus(
     )
 
 
-def group_by_size(sources: list[Source], shard_bytes: int) -> Iterator[tuple[Source, ...]]:
-    """Consecutive files, or parts of large ones, in groups that end when they reach `shard_bytes`."""
+def group_by_size(sources: list[Source], shard_bytes: int | None) -> Iterator[tuple[Source, ...]]:
+    """Consecutive files, or parts of large ones, in groups that end when they reach `shard_bytes` (None: automatic)."""
+    corpus_bytes = sum(size_of(source.path) or 0 for source in sources)
+    if shard_bytes is None:
+        shard_bytes = min(max(corpus_bytes // 64, AUTOMATIC[0]), AUTOMATIC[1])
     group: list[Source] = []
     size = 0
-    for part, part_size in chain.from_iterable(divide(source, shard_bytes) for source in sources):
+    for part, part_size in chain.from_iterable(divide(source, shard_bytes, corpus_bytes) for source in sources):
         group.append(part)
         size += part_size
         if size >= shard_bytes:

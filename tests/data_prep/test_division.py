@@ -19,6 +19,7 @@ from data_prep.inspection import locate
 from data_prep.packing import unpack
 from data_prep.sequences import SequenceFile, sequence_files
 from data_prep.sources import Document, FaultPolicy, Source, read_documents
+from data_prep.tokenize_corpus import group_by_size
 from data_prep.tokenizer import Tokenizer
 from support.tiny_tokenizer import TEXT
 
@@ -77,6 +78,10 @@ def test_what_stays_whole(tmp_path: Path) -> None:
     assert divide(source, 63) == [(source, 1000)]
     assert len(divide(source, 62)) == 17
     assert divide(source, 0) == [(source, 1000)]
+    # In a small corpus a file of fewer parts is divided, too, if it is a good part of it.
+    assert divide(source, 100, corpus_bytes=16_001) == [(source, 1000)]
+    assert len(divide(source, 100, corpus_bytes=3_000)) == 10
+    assert divide(source, 500, corpus_bytes=1_000) == [(source, 1000)]
     remote = Source((tmp_path / "a.jsonl").as_uri(), "a.jsonl")
     assert divide(remote, 10) == [(remote, 1000)]
 
@@ -113,3 +118,21 @@ def test_one_large_file(
     span, text = locate(tmp_path / "1", len(SequenceFile(one[0])) + 5)[-1]
     assert text == texts[span.document]
     assert span.document > 600
+
+
+def test_a_small_corpus_is_work_for_several_processes(tmp_path: Path) -> None:
+    """By default: three files of 13 MB are about as many shards as megabytes; of 100 bytes they are one.
+
+    Planted: 16 MB whatever the corpus -> three shards for two processes, fails.
+    """
+    sources = []
+    for name in "abc":
+        (tmp_path / name).write_bytes(b"x" * 99 + b"\n")
+        sources.append(Source(str(tmp_path / name), name))
+    assert list(group_by_size(sources, None)) == [tuple(sources)]
+    sources = [source._replace(path=f"{source.path}.jsonl") for source in sources]
+    for source in sources:
+        Path(source.path).write_bytes((b"x" * 999 + b"\n") * 13_000)
+    shards = list(group_by_size(sources, None))
+    assert 36 <= len(shards) <= 39
+    assert [len(shard) for shard in shards[:5]] == [1] * 5

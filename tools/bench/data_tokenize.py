@@ -35,7 +35,7 @@ def measure() -> Table:
 
         def ours(source: Path, processes: int, rounds: int = ROUNDS) -> Cost:
             return run("tools.cli", "data", "tokenize", str(source), "--out", str(out), "--tokenizer", tokenizer,
-                       "--shard-mb", "1", "--processes", str(processes), rounds=rounds)  # fmt: skip
+                       "--processes", str(processes), rounds=rounds)  # fmt: skip
 
         def with_ftfy(source: Path, processes: int) -> Cost:
             return run("data_prep.create_hdf5_dataset", "LMData", "--input_dir", str(source), "--output_dir", str(out),
