@@ -14,6 +14,8 @@ from tools.bench import gpu_train
 from tools.bench.breakdown import PARTS, attribute
 from tools.bench.kernel_checks import SMALL, run_checks
 
+# Kernels of torch's attention that a CPU has not.
+CUDA_ALONE = {f"attention, {name}, forward and backward" for name in ("cudnn", "efficient")}
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="measures on a CPU what it would on a GPU")
 
 
@@ -23,12 +25,17 @@ def test_the_whole_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     document.write_text("# Benchmarks\n")
     flags = ["--device", "cpu", "--shapes", "tiny", "--budget", "60", "--out", str(document), "--json", str(record)]
     gpu_train.main(flags)
+    timings = json.loads(record.read_text())["kernels"]
+    assert {each["name"]: each["failure"] for each in timings if each["failure"]}.keys() <= CUDA_ALONE
+    assert len(timings) == document.read_text().split("gpu_kernels -->")[1].count("\n| ") - 1
+    assert all(each["seconds"] > 0 and each["flops"] + each["bytes"] > 0 for each in timings if not each["failure"])
     gpu_train.main([*flags, "--skip-checks"])
     assert capsys.readouterr().out.count(": ok\n") == len(list(run_checks(torch.device("cpu"), SMALL, compiled=False)))
     text = document.read_text()
     assert text.startswith("# Benchmarks\n\n<!-- gpu_train -->\n")
     assert text.count("<!-- gpu_train -->") == 1
-    header, _, *rows = [line for line in text.splitlines() if line.startswith("|")]
+    section = text.split("gpu_train -->")[1]
+    header, _, *rows = [line for line in section.splitlines() if line.startswith("|")]
     assert len(rows) == len(gpu_train.PRECISIONS)
     assert all(row.count("|") == header.count("|") for row in rows)
     found = json.loads(record.read_text())
@@ -71,6 +78,23 @@ def test_backward_time_belongs_to_the_part_of_its_forward() -> None:
     assert found["attention"] > 0
     total = sum(event.self_cpu_time_total for event in products) / 1e6
     assert found["attention"] + found["MLP"] >= total
+
+
+def test_settings_follow_the_memory() -> None:
+    """The full model in the settings that fit, of large and of small GPUs."""
+    config = gpu_train._config("full", "bf16", None)
+    assert config.model.unpadded.num_parameters == 6_575_278_720
+    assert config.model.ffn_hidden_size == 11008
+    chosen = {}
+    for gib in (1000, 140, 100, 20):
+        fitting = gpu_train._fitting(config, gib << 30)
+        chosen[gib] = (fitting.micro_batch_size, fitting.parallel.recompute, fitting.optimizer.states)
+    assert chosen[1000] == (8, "none", "fp32")
+    assert chosen[140] == (2, "none", "fp32")
+    assert chosen[100] == (1, "none", "bf16")
+    assert chosen[20] == gpu_train.LADDER[-1]
+    for shape, layers in (("1", 1), ("8", 8)):
+        assert gpu_train._config(shape, "fp8", None).model.num_layers == layers
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The training step on a GPU: are its kernels right, how fast is it, what does it hold, where does the time go?
+"""The training step on a GPU: are its kernels right and fast, how fast is it, what does it hold, where is time lost?
 
     python -m tools.bench.gpu_train --shapes 1,8,full --precision bf16,fp8
 
@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -48,6 +49,7 @@ from megatron.crystalcoder.training.params import load_params
 from megatron.crystalcoder.training.plan import flops_per_token
 from tools.bench.breakdown import PARTS, breakdown
 from tools.bench.kernel_checks import SMALL, Check, Sizes, run_checks
+from tools.bench.kernel_times import Timing, time_kernels
 from tools.bench.report import DOCUMENT, Table, machine
 from tools.bench.synthetic import TiledWeights, random_rows
 
@@ -116,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     top.add_argument("--seq-length", type=int, help="tokens of a sequence; default: 2048, 64 for tiny")
     top.add_argument("--budget", type=float, default=540, help="seconds for everything; what does not fit is left out")
-    top.add_argument("--skip-checks", action="store_true", help="measure only")
+    top.add_argument("--skip-checks", action="store_true", help="measure steps only, no kernels by themselves")
     top.add_argument(
         "--out", type=Path, default=DOCUMENT, help="the document that takes the table; default: docs/benchmarks.md"
     )
@@ -144,9 +146,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.seq_length is not None and options.seq_length < 1:
             raise InputError(f"--seq-length {options.seq_length}: must be at least 1")
         deadline = time.monotonic() + options.budget
+        # Else the gaps between blocks of many sizes take memory that the full model needs.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         platform.initialize()
 
         checks = [] if options.skip_checks else check_kernels(shapes)
+        timings = [] if options.skip_checks else list(time_kernels(platform.device(), _sizes(shapes)))
         measured = measure_all(shapes, precisions, options.seq_length, deadline)
         command = " ".join(["python -m tools.bench.gpu_train", *given])
         record = {
@@ -154,12 +159,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "machine": machine(),
             "command": command,
             "checks": [asdict(each) | {"passed": each.passed} for each in checks],
+            "kernels": [asdict(each) for each in timings],
             "measurements": [asdict(each) for each in measured],
         }
         options.json.write_text(json.dumps(record, indent=1) + "\n")
-        result = table(measured, checks, command)
-        print(result.markdown(), flush=True)
-        result.write(options.out)
+        for result in (
+            table(measured, checks, command),
+            *([kernel_table(timings, _sizes(shapes), command)] if timings else []),
+        ):
+            print(result.markdown(), flush=True)
+            result.write(options.out)
         platform.shutdown()
         if not all(each.passed for each in checks):
             raise SystemExit(1)
@@ -177,14 +186,18 @@ def _chosen(flag: str, text: str, known: tuple[str, ...]) -> list[str]:
 
 def check_kernels(shapes: list[str]) -> list[Check]:
     """Every check, printed as it is done."""
-    found, sizes = [], SMALL if shapes == ["tiny"] else Sizes()
-    for check in run_checks(platform.device(), sizes, compiled=torch.cuda.is_available()):
+    found = []
+    for check in run_checks(platform.device(), _sizes(shapes), compiled=torch.cuda.is_available()):
         verdict = "ok" if check.passed else "WRONG"
         print(
             f"{check.name:24} {check.dtype:9} off by {check.error:.1e} of {check.tolerance:.0e}: {verdict}", flush=True
         )
         found.append(check)
     return found
+
+
+def _sizes(shapes: list[str]) -> Sizes:
+    return SMALL if shapes == ["tiny"] else Sizes()
 
 
 def measure_all(shapes: list[str], precisions: list[str], seq_length: int | None, deadline: float) -> list[Measurement]:
@@ -230,12 +243,17 @@ def _config(shape: str, precision: str, seq_length: int | None) -> TrainConfig:
         seq_length=length,
         bf16=True,
     )
+    return _fitting(config, _gpu_memory() if torch.cuda.is_available() else None)
+
+
+def _fitting(config: TrainConfig, memory: int | None) -> TrainConfig:
+    """In the first settings of the ladder that are predicted to fit 95% of so many bytes, else in the last."""
     for micro_batch, recompute, states in LADDER:
-        if batch % micro_batch == 0:
+        if config.global_batch_size % micro_batch == 0:
             config = replace(config, micro_batch_size=micro_batch, parallel=ParallelConfig(recompute=recompute))
             config = replace(config, optimizer=replace(config.optimizer, states=states))
-            if not torch.cuda.is_available() or predicted_memory(config) < 0.95 * _gpu_memory():
-                return config
+            if memory is None or predicted_memory(config) < 0.95 * memory:
+                break
     return config
 
 
@@ -321,6 +339,33 @@ def table(measured: list[Measurement], checks: list[Check], command: str) -> Tab
         "by torch, and what `crystalcoder plan` predicts. Shares of the step are from torch's profiler.",
         ("layers", "precision", "settings", "tokens / s", "MFU", "GiB", "predicted", "s / step", *PARTS, "idle"),
         [(each.shape, each.precision, each.settings, *_row(each)) for each in measured],
+        command,
+    )
+
+
+def kernel_table(timings: list[Timing], z: Sizes, command: str) -> Table:
+    """What the pieces of a layer take by themselves."""
+    peak = platform.peak_flops()
+
+    def row(each: Timing) -> tuple[str, ...]:
+        if each.failure:
+            return each.name, "", "", "", each.failure.replace("|", "/")
+        rate = each.flops / each.seconds
+        return (
+            each.name,
+            f"{each.seconds * 1e3:.3f}",
+            f"{rate / 1e12:.3g}" if each.flops else "",
+            f"{rate / peak:.0%}" if each.flops and peak else "",
+            f"{each.bytes / each.seconds / 1e9:,.0f}" if each.bytes else "",
+        )
+
+    return Table(
+        "gpu_kernels",
+        "Pieces of a layer on a GPU",
+        f"Each by itself; {z.batch} x {z.seq:,} tokens, width {z.hidden:,}, FFN {z.ffn:,}, vocabulary {z.vocab:,}; "
+        "median of ten. Attention's FLOPs are those under the causal mask; bytes are those that a pass must move.",
+        ("piece", "ms", "TFLOP / s", "of bf16 peak", "GB / s"),
+        [row(each) for each in timings],
         command,
     )
 

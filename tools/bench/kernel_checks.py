@@ -34,7 +34,7 @@ class Sizes:
     batch: int = 2
     heads: int = 32
     head_dim: int = 128
-    ffn: int = 10944
+    ffn: int = 11008
     vocab: int = 32032
 
     @property
@@ -125,7 +125,7 @@ def _cases(
     )
     yield _Case("swiglu", lambda x: swiglu(x, compiled=compiled), _swiglu, [draw(z.seq, z.batch, 2 * z.ffn, scale=2)])
 
-    table = _rotary_table(z, device).to(dtype)
+    table = rotary_table(z, device).to(dtype)
     yield _Case(
         "rotary",
         lambda qkv: rotate_in_place(qkv, table, head_dim=z.head_dim, interleaved=True, compiled=compiled) * 1,
@@ -184,7 +184,8 @@ def _swiglu(x: Tensor) -> Tensor:
     return gate / (1 + (-gate).exp()) * linear_half
 
 
-def _rotary_table(z: Sizes, device: torch.device) -> Tensor:
+def rotary_table(z: Sizes, device: torch.device) -> Tensor:
+    """[cosines, sines] of each position for the first quarter of a head's dims, fp32 (s, 1, 1, r)."""
     r = z.head_dim // 4
     angles = torch.arange(z.seq)[:, None] * 10000.0 ** (-torch.arange(0, r, 2) / r)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)[:, None, None].to(device)
