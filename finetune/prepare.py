@@ -4,8 +4,8 @@
     out/prepare.json           settings, counts, statistics      out/rejects.jsonl          records left out, and why
     out/chat_format.yaml       the chat template
 
-The folder is made aside and gets its name when it is whole. Tokens lie on disk meanwhile, so memory holds some tens of
-bytes per example, whatever its length.
+The folder is made aside and gets its name when it is whole. Tokens lie on disk meanwhile, so memory holds some
+hundred bytes per example, whatever its length.
 """
 
 from __future__ import annotations
