@@ -41,7 +41,7 @@ from finetune.templates import (
 )
 
 BATCH = 256  # examples whose texts are encoded together
-MAX_SHAPES = 10_000  # of conversations, remembered
+MAX_SHAPES = 1_000  # of conversations, remembered
 CONTROL_TOKENS = (BOS, EOS, USER_START, USER_END, SYSTEM_START, SYSTEM_END)
 
 __all__ = [

@@ -170,6 +170,20 @@ def test_what_is_trained(template: ChatTemplate, option: str, tokenizer) -> None
     assert everything.trained.all()
 
 
+def test_more_shapes_than_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes forgotten and laid out again give the same."""
+    monkeypatch.setattr("finetune.chat_format.MAX_SHAPES", 3)
+    remembering, ours = ChatFormat(CHATML), ChatFormat(CHATML)
+    for _ in range(2):
+        for count in range(1, 8):
+            exchanges = [("user", f"u{k}") if k % 2 == 0 else ("assistant", f"a{k}") for k in range(2 * count)]
+            once = list(ChatFormat(CHATML).segments(conversation(*exchanges)))
+            assert list(ours.segments(conversation(*exchanges))) == once
+            assert len(ours._steps_of) <= 3
+    assert remembering == ours
+    assert hash(remembering) == hash(ours)
+
+
 def test_a_template_that_cannot_work_is_refused() -> None:
     """No end of an answer; an answer that begins behind a space, which its first token would hold."""
     with pytest.raises(InputError, match="no control token ends an answer"):
