@@ -152,16 +152,27 @@ def export(
 
 
 def _write_chat_format(folder: Path, data: Path) -> None:
-    """What the model was asked in: for `crystalcoder chat`, for `apply_chat_template`, and where an answer ends."""
+    """What the model was asked in: for `crystalcoder chat`, for `apply_chat_template`, and where an answer ends.
+
+    A tokenizer.json alone does not say which of its tokens begin and end a text: tokenizer_config.json is added to it.
+    """
+    from CrystalCoder.build_tokenizer import tokenizer_config
+
     if (data / TEMPLATE_FILE).is_file():
         shutil.copyfile(data / TEMPLATE_FILE, folder / TEMPLATE_FILE)
     if not (folder / "tokenizer.json").is_file():
         return
     template, tokenizer = template_beside(data), load_tokenizer(folder)
     (folder / "chat_template.jinja").write_text(jinja_template(template, sorted(tokenizer.controls)), encoding="utf-8")
+    if not (folder / "tokenizer_config.json").is_file():
+        _write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer.controls))
     settings = json.loads((folder / "generation_config.json").read_text())
     settings["eos_token_id"] = [tokenizer.controls[token] for token in dict.fromkeys((EOS, *template.stops))]
-    (folder / "generation_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    _write_json(folder / "generation_config.json", settings)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _began(run_directory: Path) -> dict[str, str]:

@@ -71,6 +71,9 @@ def load_checkpoint(directory: Path, *, device: str | None = None, dtype: str = 
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exceptions
         raise InputError(f"{directory}: its tokenizer cannot be read ({_first_line(error)})") from None
+    for name, token in (("unk_token", "<unk>"), ("bos_token", "<s>"), ("eos_token", "</s>")):
+        if getattr(tokenizer, name) is None:  # a tokenizer.json without tokenizer_config.json
+            setattr(tokenizer, name, token)
     if len(tokenizer) > config.vocab_size:
         raise InputError(
             f"{directory}: the tokenizer has {len(tokenizer)} ids, the model only {config.vocab_size}: "

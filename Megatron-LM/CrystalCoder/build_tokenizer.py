@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,9 +79,19 @@ def build_tokenizer(source: Path, output_dir: Path) -> int:
         "decoder": DECODER,
         "model": model,
     }
-    config = {
+    output_dir.mkdir(parents=True, exist_ok=True)
+    _write(output_dir / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False, indent=2))
+    _write(output_dir / "tokenizer_config.json", json.dumps(tokenizer_config(ids), indent=2))
+    _write(output_dir / "chat_template.jinja", CHAT_TEMPLATE)
+    _write(output_dir / Path(code.__file__).name, Path(code.__file__).read_text("utf-8"))
+    return len(model["vocab"]) + len(SPECIAL_TOKENS)
+
+
+def tokenizer_config(ids: Mapping[str, int]) -> dict[str, Any]:
+    """What tokenizer_config.json holds beside a tokenizer.json whose special tokens have these ids."""
+    return {
         "added_tokens_decoder": {str(number): {"content": t, **_TOKEN_FLAGS} for t, number in ids.items()},
-        "additional_special_tokens": list(SPECIAL_TOKENS),
+        "additional_special_tokens": [token for token in ids if token not in (UNK, BOS, EOS)],
         "auto_map": {"AutoTokenizer": [None, "tokenization_crystalcoder_fast.CrystalCoderTokenizerFast"]},
         "bos_token": BOS,
         "clean_up_tokenization_spaces": False,
@@ -91,12 +102,6 @@ def build_tokenizer(source: Path, output_dir: Path) -> int:
         "tokenizer_class": "CrystalCoderTokenizerFast",
         "unk_token": UNK,
     }
-    output_dir.mkdir(parents=True, exist_ok=True)
-    _write(output_dir / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False, indent=2))
-    _write(output_dir / "tokenizer_config.json", json.dumps(config, indent=2))
-    _write(output_dir / "chat_template.jinja", CHAT_TEMPLATE)
-    _write(output_dir / Path(code.__file__).name, Path(code.__file__).read_text("utf-8"))
-    return len(model["vocab"]) + len(SPECIAL_TOKENS)
 
 
 _TOKEN_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}

@@ -80,6 +80,15 @@ def test_completion_is_the_greedy_continuation(loaded: tuple[Any, Any]) -> None:
     assert len(ids) - len(start) == 10
 
 
+def test_a_tokenizer_file_alone_is_enough(checkpoint: Path, loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "bare"
+    shutil.copytree(checkpoint, folder)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).unlink()
+    messages, sampling = [{"role": "user", "content": "def f"}], Sampling(max_new_tokens=8)
+    assert answer(*load_checkpoint(folder), messages, sampling) == answer(*loaded, messages, sampling)
+
+
 @pytest.mark.parametrize("end", ["</s>", "▁return"])
 def test_a_completion_keeps_its_first_space_and_loses_its_end(loaded: tuple[Any, Any], end: str) -> None:
     _, tokenizer = loaded
