@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -177,18 +177,32 @@ def pieces(block: Block, rows: Span, itemsize: int, chunk_bytes: int = CHUNK_BYT
         yield Piece(block.file, offset, block.pitch, place, (stop - start, inner[1] - inner[0]))
 
 
-def read_piece(files: Files, piece: Piece, scratch: Scratch, itemsize: int) -> np.ndarray:
-    """One piece as an array of its shape, in scratch memory."""
+def read_piece(
+    files: Files, piece: Piece, scratch: Scratch, itemsize: int, seen: Callable[[Piece, np.ndarray], None] | None = None
+) -> np.ndarray:
+    """One piece as an array of its shape, in scratch memory. seen: gets the bytes as they lie in the file."""
     outer, inner = piece.shape
     flat = scratch.array("piece", (outer * piece.pitch,), itemsize)
-    files.read(piece.file, piece.offset, flat[: (outer - 1) * piece.pitch + inner])
+    read = flat[: (outer - 1) * piece.pitch + inner]
+    files.read(piece.file, piece.offset, read)
+    if seen is not None:
+        seen(piece, read.view(np.uint8))
     return flat.reshape(outer, piece.pitch)[:, :inner]
 
 
 def read_rows(
-    files: Files, stored: Stored, copy: list[Block], rows: Span, scratch: Scratch, use: str = "source"
+    files: Files,
+    stored: Stored,
+    copy: list[Block],
+    rows: Span,
+    scratch: Scratch,
+    use: str = "source",
+    seen: Callable[[Piece, np.ndarray], None] | None = None,
 ) -> np.ndarray:
-    """Rows of a tensor as integers, in scratch memory: (rows, columns), or (columns, rows) if stored transposed."""
+    """Rows of a tensor as integers, in scratch memory: (rows, columns), or (columns, rows) if stored transposed.
+
+    seen: gets each piece's bytes as they lie in the file.
+    """
     itemsize, shape = stored.dtype.itemsize, (rows[1] - rows[0], stored.matrix[1])
     out = scratch.array(use, shape[::-1] if stored.transposed else shape, itemsize)
     for block in copy:
@@ -196,8 +210,10 @@ def read_rows(
             place = out[piece.place]
             if piece.pitch == piece.shape[1] and place.flags.c_contiguous:
                 files.read(piece.file, piece.offset, place)
+                if seen is not None:
+                    seen(piece, place.reshape(-1).view(np.uint8))
             else:
-                place[...] = read_piece(files, piece, scratch, itemsize)
+                place[...] = read_piece(files, piece, scratch, itemsize, seen)
     return out
 
 

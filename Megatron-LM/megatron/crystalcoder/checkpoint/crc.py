@@ -11,8 +11,9 @@ from isal.isal_zlib import crc32
 
 from megatron.crystalcoder.checkpoint.tensor_files import Record
 
-__all__ = ["Part", "combined_crc", "crc32", "write_crc"]
+__all__ = ["Part", "combined_crc", "crc32", "read_crc", "whole_crc", "write_crc"]
 
+_CHUNK_BYTES = 4 << 20
 _POLYNOMIAL = 0xEDB88320  # CRC-32's, bits reversed
 Matrix = tuple[int, ...]  # 32 columns over GF(2)
 
@@ -40,6 +41,29 @@ def write_crc(fd: int, record: Record, crc: int) -> None:
     """Put a record's checksum at its places in the zip file."""
     for place in record.crc_at:
         os.pwrite(fd, crc.to_bytes(4, "little"), place)
+
+
+def read_crc(fd: int, record: Record) -> int:
+    """The checksum that the zip file has of a record; 0 where torch was told to leave it out."""
+    return int.from_bytes(os.pread(fd, 4, record.crc_at[0]), "little")
+
+
+def whole_crc(fd: int, record: Record, parts: Iterable[Part]) -> int:
+    """CRC-32 of a whole record of which `parts` have been read; the rest is read now. Parts may overlap."""
+    apart, position = [], record.offset
+    for part in (*sorted(parts), Part(record.offset + record.nbytes, 0, 0)):
+        if part.offset < position:
+            continue  # seen already, or read below
+        while position < part.offset:
+            data = os.pread(fd, min(_CHUNK_BYTES, part.offset - position), position)
+            if not data:
+                return -1  # cut short
+            apart.append(Part(position, len(data), crc32(data)))
+            position += len(data)
+        if part.nbytes:
+            apart.append(part)
+        position = part.offset + part.nbytes
+    return combined_crc(record, apart)
 
 
 def _append(first: int, second: int, second_nbytes: int) -> int:

@@ -70,7 +70,7 @@ def open_hf(
         )
         if refs[HEAD].dtype != embedding.dtype:
             raise InputError(embedding.disagreement)
-    return BlockWeights(config, stored)
+    return BlockWeights(config, stored, (ref.record for ref in refs.values() if ref.record is not None))
 
 
 def _block(ref: TensorRef) -> Block:

@@ -210,6 +210,7 @@ class _HubWeights(BlockWeights):
             with self._lock:
                 if future.done():
                     return
+                self.records += [ref.record for ref in refs.values() if ref.record is not None]
                 future.set_result(refs)
 
     def _end(self, error: BaseException) -> None:

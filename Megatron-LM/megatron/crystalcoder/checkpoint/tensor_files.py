@@ -15,6 +15,7 @@ import pathlib
 import pickle
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -152,7 +153,10 @@ def _records(
         if info.compress_type != zipfile.ZIP_STORED or offset + info.file_size > window.size:
             raise InputError(f"{file}: {_DAMAGED}")
         if inner == "data.pkl":
-            pickled = io.BytesIO(window.at(offset, info.file_size))
+            content = window.at(offset, info.file_size)
+            if info.CRC not in (0, zlib.crc32(content)):  # 0: torch was told to leave it out
+                raise InputError(f"{file}: {_DAMAGED}")
+            pickled = io.BytesIO(content)
         elif inner == "byteorder" and window.at(offset, info.file_size) != b"little":
             raise InputError(f"{file}: holds big-endian numbers: save it on an ordinary (little-endian) machine")
         elif inner.startswith("data/"):

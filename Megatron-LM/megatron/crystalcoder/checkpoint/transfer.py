@@ -11,7 +11,7 @@ import os
 import threading
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,6 +25,7 @@ from megatron.crystalcoder.checkpoint.blocks import (
     CHUNK_BYTES,
     Block,
     Files,
+    Piece,
     Scratch,
     Span,
     Stored,
@@ -33,8 +34,9 @@ from megatron.crystalcoder.checkpoint.blocks import (
     read_rows,
     transposed_into,
 )
-from megatron.crystalcoder.checkpoint.crc import Part, combined_crc, crc32, write_crc
+from megatron.crystalcoder.checkpoint.crc import Part, combined_crc, crc32, read_crc, whole_crc, write_crc
 from megatron.crystalcoder.checkpoint.placement import BlockWeights
+from megatron.crystalcoder.checkpoint.tensor_files import Record
 from megatron.crystalcoder.checkpoint.verify import all_finite
 
 _BAND_BYTES = 32 << 20  # of a tensor that needs no transposing: rows at a time
@@ -76,8 +78,9 @@ def jobs_of(source: Stored, target: Stored, name: str) -> list[Job]:
 class Transfer:
     """Moves every tensor of `source` into the places that `target`, laid out already, has for them.
 
-    verify: read each tensor back from the target and compare it with the source, bit for bit (after the cast, if the
-    target's dtype is another). resume: leave what is in its place already. where: the source's name in messages.
+    verify: hold what is read of the source against the checksums that its zip files have, read each tensor back from
+    the target, and compare it with the source, bit for bit (after the cast, if the target's dtype is another). resume:
+    leave what is in its place already. where: the source's name in messages.
     """
 
     def __init__(self, source: BlockWeights, target: BlockWeights, where: str, *, verify: bool, resume: bool) -> None:
@@ -85,6 +88,7 @@ class Transfer:
         self._verify, self._resume = verify, resume
         self._local = threading.local()
         self._parts: dict[Path, list[Part]] = defaultdict(list)
+        self._seen: dict[Path, list[Part]] = defaultdict(list)
         self.nbytes = sum(source.stored[name].nbytes for name in target.stored)
 
     def run(self, *, workers: int, max_queue_size: int, progress: Callable[[int], None] = lambda nbytes: None) -> None:
@@ -106,6 +110,7 @@ class Transfer:
                         pending = self._collect(pending, progress)
                 while pending:
                     pending = self._collect(pending, progress)
+                self._check_source()
                 self._write_checksums()
             except BaseException:
                 self._source.abandon()
@@ -126,7 +131,8 @@ class Transfer:
     def _move(self, job: Job) -> int:
         scratch = self._scratch()
         source, target = self._source.locate(job.name), self._target.stored[job.name]
-        values = read_rows(self._reading, source, source.copies[0], job.rows, scratch)
+        seen = self._note if self._verify else None
+        values = read_rows(self._reading, source, source.copies[0], job.rows, scratch, seen=seen)
         size = values.nbytes
         for copy in source.copies[1:]:
             if not self._same(self._reading, source, copy, job.rows, values):
@@ -208,12 +214,39 @@ class Transfer:
                 return False
         return True
 
+    def _note(self, piece: Piece, data: np.ndarray) -> None:
+        """Keep the checksum of what has been read of the source. Appending to a list is atomic."""
+        self._seen[piece.file].append(Part(piece.offset, data.nbytes, crc32(data)))
+
+    def _check_source(self) -> None:
+        """The source's zip files have CRCs too: what was read must have them. Safetensors have none."""
+        for record, parts in _by_record(self._source.records, self._seen):
+            fd = self._reading.fd(record.file)
+            if parts and (expected := read_crc(fd, record)) and whole_crc(fd, record, parts) != expected:
+                raise InputError(
+                    f"{record.file}: tensor {self._name_at(record)} is damaged (its checksum is another): copy it again"
+                )
+
+    def _name_at(self, record: Record) -> str:
+        end = record.offset + record.nbytes
+        for name in self._source.stored:
+            for copy in self._source.locate(name).copies:
+                if any(block.file == record.file and record.offset <= block.offset < end for block in copy):
+                    return name
+        return "of no name"
+
     def _write_checksums(self) -> None:
-        """The zip files' CRCs, now that all parts of all records are known."""
-        for parts in self._parts.values():
-            parts.sort()
-        for record in self._target.records:
-            parts = self._parts[record.file]
-            first = bisect_left(parts, (record.offset,))
-            last = bisect_left(parts, (record.offset + record.nbytes,))
-            write_crc(self._writing.fd(record.file), record, combined_crc(record, parts[first:last]))
+        """The target's zip files' CRCs, now that all parts of all records are known."""
+        for record, parts in _by_record(self._target.records, self._parts):
+            write_crc(self._writing.fd(record.file), record, combined_crc(record, parts))
+
+
+def _by_record(records: Iterable[Record], parts: dict[Path, list[Part]]) -> Iterator[tuple[Record, list[Part]]]:
+    """Each record with the parts of its file that begin in it, in order."""
+    for in_file in parts.values():
+        in_file.sort()
+    for record in records:
+        in_file = parts[record.file]
+        first = bisect_left(in_file, (record.offset,))
+        last = bisect_left(in_file, (record.offset + record.nbytes,))
+        yield record, in_file[first:last]
