@@ -25,7 +25,7 @@ from tools.bench import train_ways
 from tools.bench.report import Table
 from tools.bench.train_ways import GLOBAL_BATCH, MICRO_BATCH, MODEL, SEQUENCE
 
-THREADS, ROUNDS = 2, 9
+THREADS, ROUNDS = 2, 5
 # name -> (function of train_ways, ranks)
 WAYS = {
     "plain PyTorch": ("plain_pytorch", 1),
