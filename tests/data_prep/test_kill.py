@@ -25,7 +25,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 @pytest.mark.parametrize("step", ["tokenize", "fim", "shuffle", "parquet2jsonl"])
 def test_killed_at_random_moments(step: str, tmp_path: Path, tokenizer_file: Path, repo_root: Path) -> None:
-    """50 kills per step. What each rename guards is proved by test_relaunch_completes_the_same_bytes."""
+    """50 kills per step, of a command with workers of its own. What each change of the disk guards is proved without
+    chance by test_relaunch_completes_the_same_bytes and test_killed.py."""
     import pyarrow
     import pyarrow.parquet
 
@@ -48,10 +49,11 @@ def test_killed_at_random_moments(step: str, tmp_path: Path, tokenizer_file: Pat
         run([*tokenize[:-2], "--out", str(plain)])
     arguments = {
         "tokenize": tokenize,
-        "fim": ["fim", str(plain), "--tokenizer", str(tokenizer_file), "--rate", "0.9", "--epochs", "2"],
-        "shuffle": ["shuffle", str(plain), "--files", "9", "--seed", "3"],
+        "fim": ["fim", str(plain), "--tokenizer", str(tokenizer_file), "--rate", "0.9", "--epochs", "2",
+                "--processes", "2"],
+        "shuffle": ["shuffle", str(plain), "--files", "9", "--seed", "3", "--processes", "2"],
         "parquet2jsonl": ["parquet2jsonl", str(tmp_path / "in")],
-    }[step]
+    }[step]  # fmt: skip
     started = time.monotonic()
     run([*arguments, "--out", str(tmp_path / "undisturbed")])
     duration = time.monotonic() - started
