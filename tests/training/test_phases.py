@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +135,38 @@ def test_twenty_steps_of_all_phases_at_four_layouts(repo_root: Path, data_root: 
         difference = np.abs(losses(data_root, out) - one).max()
         print(f"{out}: {difference:.1e}")
         assert difference < 1e-4
+
+
+@pytest.mark.slow
+def test_the_command_on_ranks_survives_a_sigterm(repo_root: Path, data_root: Path) -> None:
+    """Two ranks through the launcher, SIGTERM in phase 2: it saves, and the same command goes on there. Exports of each
+    phase's checkpoints are complete at the end."""
+    out = data_root / "ranks"
+    command = [sys.executable, "-m", "tools.cli", "pretrain", *arguments_for(repo_root, data_root, "ranks")]
+    command += ["--phases", "1,2", "--tp", "2", "--sequence-parallel", "--export-every", "2"]
+    command += ["runconfig.max_steps=200", "runconfig.checkpoint_steps=100"]
+    first = subprocess.Popen(command, cwd=repo_root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 400
+    while not (out / "phase2/metrics.jsonl").is_file() or len(metrics_of(out / "phase2")) < 2:
+        assert first.poll() is None, first.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    first.send_signal(signal.SIGTERM)
+    told = first.communicate(timeout=300)
+    assert first.returncode == 128 + signal.SIGTERM, told
+    stopped = int((out / "phase2/latest_checkpointed_iteration.txt").read_text())
+    assert 2 <= stopped < 200
+    second = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=500)
+    assert second.returncode == 0, second.stderr
+    assert "phase 1: finished" in second.stdout
+    assert f"starting from iteration {stopped} of {out / 'phase2'}" in second.stdout
+    assert [line["iteration"] for line in metrics_of(out / "phase2")] == list(range(1, 201))
+    for number in (1, 2):
+        listed = json.loads((out / f"phase{number}/exports/exports.json").read_text())
+        assert [(entry["iteration"], "error" in entry) for entry in listed] == [(200, False)]
+        assert (out / f"phase{number}/exports/iter_0000200/config.json").is_file()
+    whole = json.loads((out / "phases.json").read_text())
+    assert whole["tokens"]["planned"] == whole["tokens"]["consumed"] == 2 * 200 * 8 * S
 
 
 def test_tokens_of_each_phase_and_dataset_are_told(data_root: Path, finished: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from megatron.crystalcoder.data.mixture import open_mixture
 from megatron.crystalcoder.data.order import Order, make_order
 from megatron.crystalcoder.data.reference_order import open_reference
 from megatron.crystalcoder.data.rows import Rows, open_rows
+from megatron.crystalcoder.sigterm import ignore_sigterm
 from megatron.crystalcoder.training.config import DataSettings
 
 
@@ -72,6 +73,7 @@ def _read_ahead(
         sampler=batches,  # any iterable; each item is a whole micro-batch, and this one has no end
         batch_size=None,
         num_workers=num_workers,
+        worker_init_fn=ignore_sigterm,
     )
     try:
         yield from loader

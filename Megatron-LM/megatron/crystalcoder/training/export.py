@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -83,11 +84,10 @@ class Exporter:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,
         )
         _, said = self._child.communicate()
         failed, self._child = self._child.returncode, None
-        if self._stopped:
+        if self._stopped or failed == -signal.SIGTERM:  # the run is being ended, and this with it
             return
         entry: dict[str, Any] = {"iteration": iteration}
         if failed:

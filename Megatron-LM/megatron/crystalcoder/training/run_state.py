@@ -36,6 +36,7 @@ from megatron.crystalcoder import platform
 from megatron.crystalcoder.checkpoint import safe_load
 from megatron.crystalcoder.checkpoint.directory import iteration_directory, rank_file, write_tracker
 from megatron.crystalcoder.checkpoint.megatron_args import CHECKPOINT_VERSION, to_args
+from megatron.crystalcoder.sigterm import helpers_outlive_sigterm
 from megatron.crystalcoder.training.accounting import Accounting
 from megatron.crystalcoder.training.compact_adam import whole_moments
 from megatron.crystalcoder.training.config import TrainConfig
@@ -68,7 +69,7 @@ def save_run(
         "checkpoint_version": CHECKPOINT_VERSION,
         "iteration": progress.iteration,
     }
-    with whole_moments(optimizer):
+    with whole_moments(optimizer), helpers_outlive_sigterm():
         if config.save_format == "torch_dist":
             if config.lora is not None:
                 save_adapter(partial, state, model.module.lora)

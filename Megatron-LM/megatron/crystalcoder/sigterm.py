@@ -1,0 +1,26 @@
+"""SIGTERM is answered by a rank itself: it finishes its step and saves. Its helper processes must live as long.
+
+A launcher sends SIGTERM to the whole process group of a rank: to those that read rows ahead for it, and to those that
+write its checkpoints, too. Without them the rank could neither finish its step nor save.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def helpers_outlive_sigterm() -> Iterator[None]:
+    """Processes that this thread starts inside never get SIGTERM; this process gets one that comes meanwhile later."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def ignore_sigterm(*_: object) -> None:
+    """For a helper process to call when it starts."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
