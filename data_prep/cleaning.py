@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from data_prep.errors import InputError
+
 # A line of these characters only is left alone by every repair of ftfy: nothing to decode, unescape, uncurl, widen,
 # normalise or strip.
 NOT_PLAIN = re.compile(r"[^\t\n\x20-\x25\x27-\x7e]")
@@ -20,7 +22,7 @@ NOT_PLAIN_BUT_AND = re.compile(r"[^\t\n\x20-\x7e]")
 # What ftfy changes together with its neighbours: terminal escapes, halves of surrogate pairs.
 NOT_ALONE = re.compile("[\x1b\ud800-\udfff]")
 
-NORMAL_FORMS = ("NFC", "NFKC", "NFD", "NFKD", None)  # of ftfy's last repair; None: as it is
+NORMAL_FORMS = ("NFC", "NFKC", "NFD", "NFKD")  # of ftfy's last repair
 
 # WikiText's spaces around marks, as language-model pipelines since GPT-NeoX undo them, in this order.
 WIKITEXT_PAIRS = (
@@ -34,6 +36,19 @@ WIKITEXT_BRACKETS = [
     (re.compile(rf"\{left}\s*([^\{right}]*?)\s*\{right}"), rf"{left}\1{right}")
     for left, right in ("()", "[]", "{}", '""', "''")
 ]
+
+
+def normal_form(option: str, value: str | None) -> str | None:
+    """A normal form by name; None for "none", which leaves the text in the form that it has.
+
+    Raises:
+        InputError: no such form; `option` is what it was given with.
+    """
+    if value is None or value.lower() == "none":
+        return None
+    if value not in NORMAL_FORMS:
+        raise InputError(f"{option} {value}: use one of {', '.join(NORMAL_FORMS)}, none")
+    return value
 
 
 @dataclass(frozen=True)

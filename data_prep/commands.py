@@ -148,6 +148,16 @@ def tokenize(
     fim_level: Annotated[CutLevel, typer.Option(help="Cut between characters or tokens")] = CutLevel.char,
     epochs: Annotated[int, typer.Option(help="Write the corpus so often, to OUT/epoch_<e>, with other FIM cuts")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the FIM cuts")] = 0,
+    ftfy: Annotated[
+        bool, typer.Option("--ftfy", help="Repair texts with ftfy first (for prose; it changes code)")
+    ] = False,
+    ftfy_normalizer: Annotated[str, typer.Option(help="Its normal form: NFC, NFKC, NFD, NFKD or none")] = "NFC",
+    wikitext_detokenize: Annotated[
+        bool, typer.Option("--wikitext-detokenize", help="Undo the spaces that WikiText puts around marks")
+    ] = False,
+    min_sequence_len: Annotated[int, typer.Option(help="Leave a shard's end out if it has fewer tokens")] = 2,
+    pad_id: Annotated[int | None, typer.Option(help="Fills the last sequence of a shard [</s>]")] = None,
+    output_name: Annotated[str, typer.Option(help="What the names of the files begin with")] = "examples",
     on_error: Annotated[OnError, typer.Option(help="At a bad record: stop, or skip and list it")] = OnError.stop,
     rows_per_file: Annotated[int, typer.Option(help="Sequences of an HDF5 file at most")] = 50_000,
     shard_mb: Annotated[
@@ -159,6 +169,7 @@ def tokenize(
     engine_option: EngineOptions = None,
 ) -> None:
     """Tokenise and pack documents into sequences, with FIM per document if --fim-rate is given."""
+    from data_prep.cleaning import Cleaning, normal_form
     from data_prep.fim import FimSettings
     from data_prep.tokenize_corpus import TokenizeOptions, tokenize_corpus
 
@@ -171,6 +182,10 @@ def tokenize(
         text_suffixes=tuple(filter(None, text_suffixes.split(","))),
         on_error=on_error.value,
         rows_per_file=rows_per_file,
+        output_name=output_name,
+        pad_id=pad_id,
+        min_sequence_len=min_sequence_len,
+        cleaning=Cleaning(ftfy, normal_form("--ftfy-normalizer", ftfy_normalizer), wikitext_detokenize),
         shard_bytes=None if shard_mb is None else shard_mb << 20,
     )
     with run_on(engine.value, engine_option or ()):

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from data_prep.cleaning import NORMAL_FORMS, Cleaning
-from data_prep.engine import stay_one_thread
+from data_prep.cleaning import Cleaning, normal_form
+from data_prep.engine import run_on, stay_one_thread
 from data_prep.errors import InputError, exit_on_bad_input
 from data_prep.sources import DATA_SUFFIXES, REFERENCE_SUFFIXES
 
@@ -114,6 +114,8 @@ def parse(arguments: list[str] | None) -> Settings:
     parser.add_argument("--reference-compat", action="store_true", help="the reference's arrays, quirks included")
     parser.add_argument("--on-error", choices=["stop", "skip"], default="stop")
     parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--engine", choices=["local", "slurm", "ray"], default="local")
+    parser.add_argument("--engine-option", action="append", default=[], help="name=value, for slurm and ray")
     flags = parser.parse_args(arguments)
     given = _read_config(flags.params)
     values = {name: option.default for name, option in OPTIONS.items()}
@@ -122,7 +124,7 @@ def parse(arguments: list[str] | None) -> Settings:
         given = {name: value for name, value in given.items() if name not in REFERENCE_IGNORES_FILE}
     given |= {name: getattr(flags, name) for name in OPTIONS if getattr(flags, name) is not None}
     values |= {name: value for name, value in given.items() if value is not None}
-    if "ftfy_normalizer" in given and given["ftfy_normalizer"] in (None, "None"):
+    if "ftfy_normalizer" in given and given["ftfy_normalizer"] is None:
         values["ftfy_normalizer"] = None  # no normal form: the one option where null is a value
     if values["pad_id"] is None:
         values["pad_id"] = values["eos_id"]
@@ -174,14 +176,15 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("chunk_len_to_split", "max_seq_length", "files_per_record"):
         if values[name] < 1:
             raise InputError(f"--{name} {values[name]}: at least 1 is needed")
-    if values["ftfy_normalizer"] not in NORMAL_FORMS:
-        raise InputError(
-            f"--ftfy_normalizer {values['ftfy_normalizer']}: use one of {', '.join(map(str, NORMAL_FORMS))}"
-        )
     values["processes"] = values["processes"] or os.cpu_count()  # 0: all
     inputs = _inputs(values, reference_compat=compat)
-    cleaning = Cleaning(values["use_ftfy"], values["ftfy_normalizer"], values["wikitext_detokenize"])
-    (_reference if compat else _default)(settings, inputs, cleaning)
+    cleaning = Cleaning(
+        values["use_ftfy"],
+        normal_form("--ftfy_normalizer", values["ftfy_normalizer"]),
+        values["wikitext_detokenize"],
+    )
+    with run_on(settings.flags.engine, settings.flags.engine_option):
+        (_reference if compat else _default)(settings, inputs, cleaning)
     for note in notes(values, reference_compat=compat):
         print(f"note: {note}")
 

@@ -13,6 +13,7 @@ import pytest
 
 from data_prep import cluster
 from data_prep.commands import main
+from data_prep.create_hdf5_dataset import main as lmdata
 from data_prep.engine import JOBS, TASKS, LostTasks
 from data_prep.errors import InputError
 from data_prep.sequences import SequenceWriter
@@ -63,6 +64,21 @@ def test_slurm_gives_the_same_bytes(
         assert f"{sys.executable} -m datatrove.tools.launch_pickled_pipeline" in script
     assert "--dependency=afterok:101" in json.loads((slurm / "102.args").read_text())
     assert not any("dependency" in argument for argument in json.loads((slurm / "101.args").read_text()))
+
+
+@pytest.mark.parametrize("compat", [[], ["--reference-compat"]])
+def test_the_references_door_on_slurm(slurm: Path, tmp_path: Path, tokenizer_file: Path, compat: list[str]) -> None:
+    (tmp_path / "text").mkdir()
+    for name in "ab":
+        (tmp_path / f"text/{name}.jsonl").write_text('{"text": "one “two” three"}\n' * 20)
+    door = ["LMData", "--input_dir", str(tmp_path / "text"), "--encoder_file", str(tokenizer_file), "--eos_id", "2",
+            "--max_seq_length", "16", "--use_ftfy", "True", "--processes", "2", *compat]  # fmt: skip
+    lmdata([*door, "--output_dir", str(tmp_path / "here")])
+    lmdata([*door, "--output_dir", str(tmp_path / "there"), *SLURM])
+    here, there = contents(tmp_path / "here"), contents(tmp_path / "there")
+    parameters = [json.loads(folder.pop("data_params.json", b"{}")) for folder in (here, there)]
+    assert here == there
+    assert parameters[0].get("post-process") == parameters[1].get("post-process")
 
 
 def test_bad_input_on_slurm_is_one_line(slurm: Path, tmp_path: Path, tokenizer_file: Path) -> None:

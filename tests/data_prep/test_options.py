@@ -263,6 +263,12 @@ TOKENIZE: dict[str, tuple[list[str], list[str], Callable[[Result, Result, Tokeni
     "epochs": (["--epochs", "2"], ["--fim-rate", "1"],
                lambda p, o, t: o.names == ["epoch_0/examples_0_0.h5", "epoch_1/examples_0_0.h5"]),
     "seed": (["--seed", "1"], ["--fim-rate", "1"], lambda p, o, t: not np.array_equal(p.rows, o.rows)),
+    "ftfy": (["--ftfy"], [], lambda p, o, t: '"the"' in o.texts(t)[0] and "“the”" in p.texts(t)[0]),
+    "ftfy_normalizer": (["--ftfy-normalizer", "NFD"], ["--ftfy"], lambda p, o, t: p.texts(t) != o.texts(t)),
+    "wikitext_detokenize": (["--wikitext-detokenize"], [], lambda p, o, t: "fox, jumped-over" in o.texts(t)[0]),
+    "min_sequence_len": (["--min-sequence-len", "17"], [], lambda p, o, t: len(o.rows) == len(p.rows) - 1),
+    "pad_id": (["--pad-id", "5"], [], lambda p, o, t: (p.rows[-1, 0, -1], o.rows[-1, 0, -1]) == (2, 5)),
+    "output_name": (["--output-name", "rows"], [], lambda p, o, t: o.names == ["rows_0_0.h5"]),
     "rows_per_file": (["--rows-per-file", "3"], [], more_files),
     "shard_mb": (["--shard-mb", "0"], [], lambda p, o, t: o.names == ["examples_0_0.h5", "examples_0_1.h5"]),
     "on_error": (["--on-error", "skip"], [], lambda p, o, t: True),  # test_faults.py
