@@ -170,3 +170,22 @@ def test_the_published_command_line(workplace: Path, repo_root: Path, tmp_path: 
     bad = subprocess.run([*command, "--eos_id", "7"], cwd=workplace, capture_output=True, text=True)
     assert bad.returncode == 2
     assert len(bad.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("flags", [[], ["--reference-compat"]])
+def test_the_script_of_stage_3(template_tokenizer: Path, repo_root: Path, tmp_path: Path, flags: list[str]) -> None:
+    """All four languages, in the reference's folders; with the data that `partition` makes."""
+    (tmp_path / "tokenizer.json").write_bytes(template_tokenizer.read_bytes())
+    for language in ("python", "html", "css", "javascript"):
+        path = tmp_path / f"data/starcoderdata_jsonl/{language}/a.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(json.dumps({"text": f"{language} {n} " * 99}) + "\n" for n in range(20)))
+    partition = ["partition", str(tmp_path / "data/starcoderdata_jsonl"), "--valid", "0.1"]
+    data([*partition, "--out", str(tmp_path / "data/starcoderdata_jsonl_split")])
+    script = repo_root / "data_prep/scripts/stage3_tokenization_script.sh"
+    environment = {**os.environ, "PYTHON": sys.executable, "PROCESSES": "1"}
+    subprocess.run([str(script), *flags], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    for language in ("python", "html", "css", "javascript"):
+        out = tmp_path / "data/starcoderdata_tokenized_stage3_split/train" / language
+        assert SequenceFile(sequence_files(out)[0]).max_seq_length == 2048
+        assert (out / "data_params.json").exists() == bool(flags)
