@@ -132,6 +132,33 @@ def test_full_disk(tmp_path: Path, format_: str, monkeypatch: pytest.MonkeyPatch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 
+# The system's own refusal, at every place where files grow: the command's files may not become larger than that.
+_LIMITED = """
+import resource, signal, sys
+from tools import convert
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+arguments = ["--from", sys.argv[1], "--to", sys.argv[2], "--format"]
+for limit in (2_000, 50_000, 300_000):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    for format in ("torch", "torch_dist", "hf"):
+        try:
+            convert.main([*arguments, format])
+        except SystemExit as stop:
+            assert stop.code == 2, stop.code
+"""
+
+
+def test_files_that_cannot_grow(tmp_path: Path) -> None:
+    hf = save_hf(tmp_path / "hf", distinct_weights(), shards=1)
+    done = subprocess.run(
+        [sys.executable, "-c", _LIMITED, str(hf), str(tmp_path / "m")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    line = f"error: {tmp_path}/m: the disk is full (File too large): make room, or choose another"
+    assert done.stderr.splitlines() == [line] * 9
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
 @pytest.mark.parametrize("format_", ["torch", "torch_dist", "hf"])
 def test_a_disk_that_writes_something_else(tmp_path: Path, format_: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading back notices one wrong bit of one tensor; without it nobody does."""

@@ -11,6 +11,7 @@ import codecs
 import collections
 import io
 import json
+import os
 import pathlib
 import pickle
 import struct
@@ -125,6 +126,20 @@ def describe_torch(file: Path, start: int = 0, length: int | None = None, window
         raise
     except Exception as error:
         raise InputError(f"{file}: {_DAMAGED}") from error
+
+
+def save_torch(content: Any, file: Path, *, with_values: bool = True) -> None:
+    """torch.save, which on a full disk raises OSError. with_values: else tensors' values are left out (zeros)."""
+    try:
+        with nullcontext() if with_values else torch.serialization.skip_data():
+            torch.save(content, file)
+    except RuntimeError:
+        # torch does not tell what the system said; a write of our own does.
+        with file.open("ab") as stream:
+            stream.write(bytes(1 << 16))
+            stream.flush()
+            os.fsync(stream.fileno())
+        raise
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron.crystalcoder.checkpoint.megatron_args import CHECKPOINT_VERSION
-from megatron.crystalcoder.checkpoint.tensor_files import TensorRef, describe_torch
+from megatron.crystalcoder.checkpoint.tensor_files import TensorRef, describe_torch, save_torch
 from megatron.crystalcoder.checkpoint.torch_dist_reader import COMMON, FORMAT, METADATA, stacked
 from megatron.crystalcoder.checkpoint.weights import DTypes, megatron_dtype, megatron_shape, stage_rows
 from megatron.crystalcoder.model.config import ModelConfig
@@ -66,7 +66,7 @@ def lay_out_torch_dist(
             data.add_object(f"decoder.layers.{linear}._extra_state/shard_{layer}_{config.num_layers}", [None])
     data.close()
     common = {"args": args, "checkpoint_version": CHECKPOINT_VERSION, "iteration": iteration, **run}
-    torch.save(common, iteration_dir / COMMON)
+    save_torch(common, iteration_dir / COMMON)
     formats = {
         "sharded_backend": "torch_dist",
         "sharded_backend_version": 1,
@@ -142,8 +142,7 @@ class _Template:
 def _template(shape: tuple[int, ...], dtype: torch.dtype) -> _Template:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "tensor.pt")
-        with torch.serialization.skip_data():
-            torch.save(torch.empty(shape, dtype=dtype), file)
+        save_torch(torch.empty(shape, dtype=dtype), file, with_values=False)
         ref = describe_torch(file)
         assert isinstance(ref, TensorRef)
         assert ref.record is not None

@@ -11,6 +11,7 @@ import torch
 from megatron.crystalcoder.checkpoint.directory import rank_file
 from megatron.crystalcoder.checkpoint.layout import Layout
 from megatron.crystalcoder.checkpoint.megatron_args import CHECKPOINT_VERSION
+from megatron.crystalcoder.checkpoint.tensor_files import save_torch
 from megatron.crystalcoder.checkpoint.torch_reader import Names, row_name
 from megatron.crystalcoder.checkpoint.weights import DTypes, Row, chunk_rows, megatron_dtype, megatron_shape
 from megatron.crystalcoder.model.config import ModelConfig
@@ -37,8 +38,7 @@ def lay_out_torch(
         for tp_rank in range(layout.tensor_parallel):
             file = rank_file(iteration_dir, tp_rank, pp_rank, layout.pipeline_parallel)
             file.parent.mkdir(parents=True)
-            with torch.serialization.skip_data():
-                torch.save(content, file)
+            save_torch(content, file, with_values=False)
 
 
 def _empty(row: Row, config: ModelConfig, dtypes: DTypes, tp_size: int) -> torch.Tensor:
