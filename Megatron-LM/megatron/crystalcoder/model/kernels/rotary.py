@@ -64,7 +64,19 @@ class _Rotate(torch.autograd.Function):
 
 def _turn(qkv: Tensor, table: Tensor, sign: float, head_dim: int, interleaved: bool, compiled: bool) -> None:
     turned = qkv.unflatten(-1, (-1, 3, head_dim))[..., :2, : table.shape[-1]]  # of q and k: (s, b, n, 2, r)
-    turned.copy_(maybe_compiled(_turned, compiled)(turned, table, sign, interleaved))
+    if interleaved and not compiled and head_dim % 2 == 0:  # complex numbers must lie at even places
+        _turn_pairs(turned, table, sign)
+    else:
+        turned.copy_(maybe_compiled(_turned, compiled)(turned, table, sign, interleaved))
+
+
+def _turn_pairs(x: Tensor, table: Tensor, sign: float) -> None:
+    """Turn neighbours as the complex numbers that they are: one pass instead of ten, and in place in fp32."""
+    cos, sin = table[:, :, :, None].float().chunk(2, dim=-1)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    torch.view_as_complex(pairs).mul_(torch.complex(cos, sin * sign))
+    if x.dtype != torch.float32:
+        x.copy_(pairs.flatten(-2))
 
 
 def _turned(x: Tensor, table: Tensor, sign: float, interleaved: bool) -> Tensor:
