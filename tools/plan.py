@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--price", type=float, help="per GPU and hour, to have the cost")
     top.add_argument("--top", type=int, default=10, help="layouts to list; default: 10")
     saved = top.add_argument_group(
-        "as for crystalcoder pretrain, here for the memory alone: the predicted time knows of none of them"
+        "as for crystalcoder pretrain; the memory follows them, the predicted time knows of offloading alone"
     )
     saved.add_argument("--optimizer-states", choices=get_args(OptimizerStates), default="fp32")
     saved.add_argument("--fp8", choices=get_args(Fp8), default="off")

@@ -88,11 +88,15 @@ def test_settings_follow_the_memory() -> None:
     chosen = {}
     for gib in (1000, 140, 100, 20):
         fitting = gpu_train._fitting(config, gib << 30)
-        chosen[gib] = (fitting.micro_batch_size, fitting.parallel.recompute, fitting.optimizer.states)
-    assert chosen[1000] == (8, "none", "fp32")
-    assert chosen[140] == (2, "none", "fp32")
-    assert chosen[100] == (1, "none", "bf16")
+        states, offload = fitting.optimizer.states, fitting.speed.offload
+        chosen[gib] = (fitting.micro_batch_size, fitting.parallel.recompute, states, offload)
+    assert chosen[1000] == (8, "none", "fp32", False)
+    assert chosen[140] == (2, "none", "fp32", False)
+    assert chosen[100] == (1, "none", "bf16", False)
     assert chosen[20] == gpu_train.LADDER[-1]
+    long = gpu_train._fitting(gpu_train._config("full", "bf16", 32768), 140 << 30)
+    assert (long.global_batch_size, long.micro_batch_size, long.parallel.recompute) == (1, 1, "full")
+    assert long.model.max_sequence_length == 32768
     for shape, layers in (("1", 1), ("8", 8)):
         assert gpu_train._config(shape, "fp8", None).model.num_layers == layers
 

@@ -10,7 +10,13 @@ import pytest
 
 from data_prep.errors import InputError
 from megatron.crystalcoder.model.config import ModelConfig, ParallelConfig
-from megatron.crystalcoder.training.memory import Layout, layer_activations, rank_memory, stage_parameters
+from megatron.crystalcoder.training.memory import (
+    Layout,
+    Savings,
+    layer_activations,
+    rank_memory,
+    stage_parameters,
+)
 from megatron.crystalcoder.training.params import load_params
 from megatron.crystalcoder.training.plan import (
     GPUS,
@@ -266,6 +272,17 @@ def test_the_command_prints_the_plan(repo_root: Path, capsys: pytest.CaptureFixt
     assert plan.pretrain_arguments(Layout(tp=2, dp=4)) == "--tp 2 --pp 1 --micro-batch-size 1 --nproc 8"
     config = load_params(params).train_config()
     assert (config.model.num_parameters, config.global_batch_size) == (BIG.num_parameters, PHASE_2.global_batch)
+
+
+def test_offloading_takes_the_time_of_its_transfers() -> None:
+    """A full 32 layers' activations there and back; and recomputing is then the faster way to the same memory."""
+    gpu, layout = GPUS["h200"], Layout(micro_batch=1)
+    away = replace(PHASE_2, savings=Savings(offload_activations=True))
+    bytes_away = layer_activations(BIG, layout, seq_length=2048, savings=away.savings).host
+    waiting = step_seconds(away, layout, Cluster(gpu, 1)) - step_seconds(PHASE_2, layout, Cluster(gpu, 1))
+    assert waiting == pytest.approx(2 * 32 * 2112 * bytes_away / 50e9)
+    best = rank_layouts(away, Cluster(gpu, 8), tp=1, pp=1, micro_batch=4)[0]
+    assert best.layout.recompute == "full"
 
 
 def test_what_saves_memory_is_counted_and_handed_on(repo_root: Path, capsys: pytest.CaptureFixture[str]) -> None:

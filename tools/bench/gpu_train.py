@@ -61,19 +61,20 @@ SHAPES = ("1", "8", "full", "tiny")
 PRECISIONS = ("bf16", "fp8")
 # Every rank's FFN is padded to a multiple of this: --ffn-multiple-of.
 FFN_MULTIPLE = 128
-# Sequences per step: enough micro-batches that the optimizer weighs no more than it does in a real run.
-GLOBAL_BATCH = {"tiny": 4}
-_DEFAULT_GLOBAL_BATCH = 16
-# What is tried in turn until it fits: sequences per micro-batch, recomputation, Adam's moments.
-LADDER: tuple[tuple[int, Recompute, OptimizerStates], ...] = (
-    (8, "none", "fp32"),
-    (4, "none", "fp32"),
-    (2, "none", "fp32"),
-    (1, "none", "fp32"),
-    (1, "none", "bf16"),
-    (2, "none", "8bit"),
-    (2, "full", "8bit"),
-    (1, "full", "8bit"),
+# Tokens per step: enough micro-batches that the optimizer weighs no more than it does in a real run.
+STEP_TOKENS, TINY_STEP_TOKENS = 16 * 2048, 4 * 64
+# What is tried in turn until it fits: sequences per micro-batch, recomputation, Adam's moments, offloading.
+LADDER: tuple[tuple[int, Recompute, OptimizerStates, bool], ...] = (
+    (8, "none", "fp32", False),
+    (4, "none", "fp32", False),
+    (2, "none", "fp32", False),
+    (1, "none", "fp32", False),
+    (1, "full", "fp32", False),
+    (1, "none", "bf16", False),
+    (2, "none", "8bit", False),
+    (2, "full", "8bit", False),
+    (1, "full", "8bit", False),
+    (1, "full", "8bit", True),
 )
 _WARM_UP_STEPS, _MIN_STEPS, _MAX_STEPS = 2, 3, 20
 _GIB = 1 << 30
@@ -229,7 +230,7 @@ def _config(shape: str, precision: str, seq_length: int | None) -> TrainConfig:
     if shape not in ("tiny", "full"):
         model = replace(model, num_layers=int(shape))
     length = seq_length or (64 if tiny else 2048)
-    batch = GLOBAL_BATCH.get(shape, _DEFAULT_GLOBAL_BATCH)
+    batch = max(1, (TINY_STEP_TOKENS if tiny else STEP_TOKENS) // length)
     model = model.with_ffn_multiple_of(FFN_MULTIPLE)
     fp8: Fp8 = "off" if precision == "bf16" else "on" if torch.cuda.is_available() else "emulated"
     config = TrainConfig(
@@ -248,10 +249,11 @@ def _config(shape: str, precision: str, seq_length: int | None) -> TrainConfig:
 
 def _fitting(config: TrainConfig, memory: int | None) -> TrainConfig:
     """In the first settings of the ladder that are predicted to fit 95% of so many bytes, else in the last."""
-    for micro_batch, recompute, states in LADDER:
+    for micro_batch, recompute, states, offload in LADDER:
         if config.global_batch_size % micro_batch == 0:
             config = replace(config, micro_batch_size=micro_batch, parallel=ParallelConfig(recompute=recompute))
             config = replace(config, optimizer=replace(config.optimizer, states=states))
+            config = replace(config, speed=replace(config.speed, offload=offload))
             if memory is None or predicted_memory(config) < 0.95 * memory:
                 break
     return config
@@ -323,6 +325,8 @@ def _settings(config: TrainConfig) -> str:
         words.append(f"{config.parallel.recompute} recompute")
     if config.optimizer.states != "fp32":
         words.append(f"moments in {config.optimizer.states}")
+    if config.speed.offload:
+        words.append("activations in the host's memory")
     return ", ".join(words)
 
 

@@ -5,6 +5,7 @@ The time of a step is a simple model, all of whose numbers can be read and chang
     compute   FLOPs of the stage that has most (the last: its layers and the head), recomputation included,
               / (peak * mfu)
     + TP      4 all-reduces of s*b*h elements per layer and micro-batch (6 with full recomputation), over NVLink
+    + host    offloaded activations, there and back, over PCIe
     + PP      s*b*h elements per micro-batch sent on and their gradient sent back
     * bubble  all that times 1 + (p - 1) / m, for p pipeline stages and m micro-batches (one forward, one backward)
     + DP      reduce-scatter of the fp32 gradients and all-gather of the weights
@@ -25,6 +26,7 @@ from megatron.crystalcoder.training.memory import (
     RankMemory,
     Recompute,
     Savings,
+    layer_activations,
     rank_memory,
     stage_parameters,
 )
@@ -39,17 +41,21 @@ _COMFORTABLE_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Gpu:
-    """memory: bytes that a process can have. flops: dense bf16 peak per second. nvlink: bytes per second, one way."""
+    """memory: bytes that a process can have. flops: dense bf16 peak per second.
+
+    nvlink, host: bytes per second, one way, to another GPU and to the host's memory.
+    """
 
     memory: int
     flops: float
     nvlink: float
+    host: float
 
 
 GPUS = {
-    "h100": Gpu(79 << 30, 989e12, 450e9),
-    "h200": Gpu(139 << 30, 989e12, 450e9),
-    "a100": Gpu(79 << 30, 312e12, 300e9),
+    "h100": Gpu(79 << 30, 989e12, 450e9, 50e9),
+    "h200": Gpu(139 << 30, 989e12, 450e9, 50e9),
+    "a100": Gpu(79 << 30, 312e12, 300e9, 25e9),
 }
 
 
@@ -133,9 +139,11 @@ def step_seconds(job: Job, layout: Layout, cluster: Cluster) -> float:
     pipeline = 0.0
     if pp > 1:
         pipeline = 2 * hidden_bytes / (tp if layout.sequence_parallel else 1) / cluster.speed_among(tp * pp)
+    layer = layer_activations(model, layout, seq_length=job.seq_length, bf16=job.bf16, savings=job.savings)
+    there_and_back = 2 * layer.host * model.num_layers / pp * _micro_batches(job, layout) / cluster.gpu.host
     data_parallel = (dp - 1) / dp * (4 + element) * stage_parameters(model, tp, pp) / cluster.speed_among(cluster.count)
     bubble = 1 + (pp - 1) / _micro_batches(job, layout)
-    return (compute + tensor_parallel + pipeline) * bubble + data_parallel
+    return (compute + tensor_parallel + there_and_back + pipeline) * bubble + data_parallel
 
 
 def candidate(job: Job, layout: Layout, cluster: Cluster) -> Candidate:
@@ -169,18 +177,21 @@ def rank_layouts(
 ) -> list[Candidate]:
     """The layouts that divide the model and the batch and fit the GPUs, the fastest first.
 
-    Each TP, PP and micro-batch stands once, with the least recomputation that fits. `tp`, `pp`, `micro_batch` fix one.
+    Each TP, PP and micro-batch stands once, with the fastest recomputation that fits: the least, if nothing is
+    offloaded. `tp`, `pp`, `micro_batch` fix one.
     Raises InputError when nothing divides, or nothing fits.
     """
     found, smallest = [], None
     for base in _dividing_layouts(job, cluster, tp, pp, micro_batch):
+        fitting = []
         for recompute in RECOMPUTE:
             each = candidate(job, replace(base, recompute=recompute), cluster)
             if smallest is None or each.memory.total < smallest.memory.total:
                 smallest = each
             if fits(each.memory, cluster.gpu):
-                found.append(each)
-                break
+                fitting.append(each)
+        if fitting:
+            found.append(min(fitting, key=lambda each: each.step_seconds))
     if smallest is None:
         raise InputError(
             f"no layout of {cluster.count} GPUs divides the model and its global batch of {job.global_batch} "
