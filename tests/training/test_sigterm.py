@@ -9,6 +9,8 @@ import itertools
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -55,6 +57,27 @@ def test_a_run_that_has_saved_before_saves(tmp_path: Path) -> None:
     assert found >= 2  # one reads rows, one collects what writers report
     stopped = int((tmp_path / "run/latest_checkpointed_iteration.txt").read_text())
     assert 2 <= stopped == len(metrics_of(tmp_path / "run")) < 50
+
+
+FIRST_HELPER = """
+import multiprocessing, os, signal
+from megatron.crystalcoder.sigterm import helpers_outlive_sigterm
+if __name__ == "__main__":
+    with helpers_outlive_sigterm():
+        manager = multiprocessing.get_context("spawn").Manager()
+        queue = manager.Queue()
+    os.kill(manager._process.pid, signal.SIGTERM)
+    manager._process.join(2)
+    queue.put("alive")
+    print(queue.get())
+"""
+
+
+def test_the_first_helper_of_a_process_lives_too(tmp_path: Path) -> None:
+    """A process that has started none before, as a rank that saves for the first time. Planted: no `ensure_running`."""
+    (tmp_path / "first.py").write_text(FIRST_HELPER)
+    done = subprocess.run([sys.executable, tmp_path / "first.py"], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "alive\n", done.stderr
 
 
 @pytest.mark.parametrize("number", [1, 2])

@@ -9,11 +9,14 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 
 
 @contextmanager
 def helpers_outlive_sigterm() -> Iterator[None]:
     """Processes that this thread starts inside never get SIGTERM; this process gets one that comes meanwhile later."""
+    # Python's tracker of shared resources, if the first helper starts it, unblocks SIGTERM whatever was before.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
