@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,7 +18,7 @@ from data_prep.tokenizer import load_tokenizer_once
 from finetune.chat_format import DEFAULT_SYSTEM_PROMPT, Turn, encode_prompt
 from finetune.templates import CRYSTALCHAT, ChatTemplate, template_beside
 from tools.generate import GREEDY, MaxNewTokens, Sampling, Seed, Temperature, TopP, continuation
-from tools.hf_checkpoint import Device, Directory, Dtype, DtypeOption, load_checkpoint
+from tools.hf_checkpoint import SYSTEM_FILE, Device, Directory, Dtype, DtypeOption, load_checkpoint
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -55,8 +56,9 @@ def chat(
     directory: Directory,
     message: Annotated[str | None, typer.Option(help="ask this, print the answer, and end")] = None,
     system: Annotated[
-        str, typer.Option(help="the system prompt, by default the one that tuning data gets; '' for none")
-    ] = DEFAULT_SYSTEM_PROMPT,
+        str | None,
+        typer.Option(help="the system prompt, by default the one that the tuning data got; '' for none"),
+    ] = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -67,6 +69,8 @@ def chat(
     """Talk to a checkpoint. /reset forgets the conversation; an empty line or Ctrl-D ends it."""
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     model, tokenizer = load_checkpoint(directory, device=device, dtype=dtype.value)
+    if system is None:
+        system = system_beside(directory)
     opening = [{"role": "system", "content": system}] if system else []
     if message is not None:
         print(
@@ -80,6 +84,12 @@ def chat(
         )
     else:
         converse(model, tokenizer, opening, sampling, template_beside(directory))
+
+
+def system_beside(directory: Path) -> str:
+    """The system prompt that an exported model was tuned with; CrystalChat's where the directory says nothing."""
+    file = directory / SYSTEM_FILE
+    return file.read_text(encoding="utf-8") if file.is_file() else DEFAULT_SYSTEM_PROMPT
 
 
 def converse(

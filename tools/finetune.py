@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +22,10 @@ from finetune.commands import app
 from finetune.jinja import jinja_template
 from finetune.prepare import PREPARE_FILE, VALID
 from finetune.templates import EOS, TEMPLATE_FILE, template_beside
+from tools.hf_checkpoint import SYSTEM_FILE
+
+if TYPE_CHECKING:
+    from megatron.crystalcoder.checkpoint.open import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "Megatron-LM" / "pretrain_crystalcoder_inst.py"
@@ -122,7 +126,7 @@ def export(
     from megatron.crystalcoder.checkpoint.open import open_checkpoint
 
     checkpoint = open_checkpoint(run_directory / "best" if best else run_directory)
-    began = _began(run_directory)
+    began = _began(run_directory, checkpoint)
     if to.exists():
         raise InputError(f"{to}: exists already: choose another --to")
     if tokenizer is None and "load" in began and Path(began["load"]).is_dir():
@@ -160,6 +164,8 @@ def _write_chat_format(folder: Path, data: Path) -> None:
 
     if (data / TEMPLATE_FILE).is_file():
         shutil.copyfile(data / TEMPLATE_FILE, folder / TEMPLATE_FILE)
+    if (data / PREPARE_FILE).is_file():
+        (folder / SYSTEM_FILE).write_text(_prepared(data)["settings"]["system"], encoding="utf-8")
     if not (folder / "tokenizer.json").is_file():
         return
     template, tokenizer = template_beside(data), load_tokenizer(folder)
@@ -175,11 +181,15 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _began(run_directory: Path) -> dict[str, str]:
+def _began(run_directory: Path, checkpoint: Checkpoint) -> dict[str, str]:
+    """The data and the model that a run began with: as `run` wrote them down, else as the trainer recorded them."""
     try:
         began: dict[str, str] = json.loads((run_directory / RUN_FILE).read_text())
     except (OSError, ValueError):
-        return {}
+        recorded = json.loads(getattr(checkpoint.args, "run_config", "{}"))
+        began = {"load": recorded["load"]} if recorded.get("load") else {}
+        if len(paths := recorded.get("data", {}).get("paths", ())) == 1:
+            began["data"] = paths[0]
     return began
 
 

@@ -11,6 +11,8 @@ import typer
 from data_prep.errors import InputError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+# Beside an exported model: the system prompt that its conversations got where they had none of their own.
+SYSTEM_FILE = "system_prompt.txt"
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 

@@ -69,3 +69,18 @@ def test_made_pairs(tmp_path: Path, tokenizer_file: Path) -> None:
     learn_by_heart(tmp_path, pairs, rows=128, iters=50, lr=1e-2, batch=1)
     assert column(tmp_path / "run", "lm_loss")[-1] < 0.05
     check_answers(tmp_path, pairs)
+
+
+@pytest.mark.slow
+def test_fifty_code_alpaca_pairs(shared: Path, tmp_path: Path) -> None:
+    """Real examples, the published tokenizer, a model of 6 million parameters."""
+    pairs = json.loads((shared / "data/code_alpaca_2k.json").read_text())[:50]
+    config = CrystalCoderConfig(
+        vocab_size=32032, n_positions=384, n_embd=128, n_layer=8, n_head=4, n_inner=344, rotary_dim=8,
+        mup_width_scale=0.5, initializer_range=0.2,
+    )  # fmt: skip
+    size = save_new_model(tmp_path / "hf", shared / "data/crystalcoder_tokenizer.json", config)
+    assert 5.5e6 < size < 6.5e6
+    learn_by_heart(tmp_path, pairs, rows=384, iters=160, lr=1e-2, batch=3)
+    assert column(tmp_path / "run", "lm_loss")[-1] < 0.05
+    check_answers(tmp_path, pairs)

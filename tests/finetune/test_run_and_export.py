@@ -20,6 +20,7 @@ from support.checkpoints import distinct_weights, save_hf
 from support.dying_rank import write_dying_rank
 from support.reference_model import TINY
 from support.training_runs import column
+from tools.chat import system_beside
 from tools.cli import main
 
 CONFIG = replace(TINY, vocab_size=1024)
@@ -62,6 +63,7 @@ def test_the_whole_way(tmp_path: Path, tokenizer_file: Path, capsys: pytest.Capt
         torch.testing.assert_close(exported.read(name), expected, atol=1e-6, rtol=0, msg=name)
     assert (out / "tokenizer.json").read_bytes() == tokenizer_file.read_bytes()
     assert template_beside(out) == CHATML
+    assert system_beside(out) == ""
     from transformers import AutoTokenizer
 
     asked = [{"role": "user", "content": "Add 1 and 2"}]
@@ -69,6 +71,11 @@ def test_the_whole_way(tmp_path: Path, tokenizer_file: Path, capsys: pytest.Capt
     assert ids == encode_prompt([Turn("user", "Add 1 and 2")], load_tokenizer(out), CHATML)
     ends = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
     assert ends == [load_tokenizer(out).controls[token] for token in ("</s>", "<|im_end|>", "<|im_start|>")]
+
+    (save / "finetune.json").unlink()  # as of a run by rank_cmd_phase2.sh: the checkpoint knows too
+    assert run("finetune", "export", save, "--to", tmp_path / "again") == 0
+    for name in ("tokenizer.json", "chat_format.yaml", "chat_template.jinja", "system_prompt.txt"):
+        assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
 
     assert run("finetune", "export", save, "--to", out) == 2
     assert "exists already" in capsys.readouterr().err

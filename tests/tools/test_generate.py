@@ -23,7 +23,7 @@ from tools import chat as chat_command
 from tools import generate as generate_command
 from tools.chat import answer
 from tools.generate import Sampling, complete, infill
-from tools.hf_checkpoint import load_checkpoint
+from tools.hf_checkpoint import SYSTEM_FILE, load_checkpoint
 
 CONTEXT = 64
 
@@ -177,7 +177,9 @@ def test_the_chat_command(
     assert said == f"> {first}\n> {expected('hello', first, 'more')}\n> > {first}\n> "
 
 
-def test_the_system_prompt_is_the_tuning_datas(checkpoint: Path, loaded: tuple[Any, Any], monkeypatch: Any) -> None:
+def test_the_system_prompt_is_the_tuning_datas(
+    checkpoint: Path, loaded: tuple[Any, Any], monkeypatch: Any, tmp_path: Path
+) -> None:
     """Unless --system says otherwise: what a model was tuned with by default is what it is asked with."""
     model = Scripted(loaded[1], "</s>")
     monkeypatch.setattr(chat_command, "load_checkpoint", lambda *args, **kwargs: (model, loaded[1]))
@@ -186,6 +188,13 @@ def test_the_system_prompt_is_the_tuning_datas(checkpoint: Path, loaded: tuple[A
         run(chat_command, checkpoint, "--message", "U", *options)
         turns = [{"role": "system", "content": system}, {"role": "user", "content": "U"}]
         assert model.asked == loaded[1].encode_chat(turns)
+    tuned = tmp_path / "tuned"
+    tuned.mkdir()
+    for told in ("You add numbers.", ""):
+        (tuned / SYSTEM_FILE).write_text(told)
+        run(chat_command, tuned, "--message", "U")
+        opening = [{"role": "system", "content": told}] if told else []
+        assert model.asked == loaded[1].encode_chat([*opening, {"role": "user", "content": "U"}])
 
 
 def test_a_turn_that_does_not_fit_is_told_and_dropped(
