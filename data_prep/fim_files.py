@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from data_prep.engine import Task, run_step
 from data_prep.errors import InputError
@@ -105,9 +107,14 @@ def fim_file(task: FimTask) -> Record:
         if task.settings.rate == 0:
             target.write_compressed(source.compressed())
         else:
-            target.write_compressed(
-                compress_row(transform(row, task.epoch, task.name, number)) for number, row in enumerate(source.rows())
-            )
+            target.write_compressed(_transformed(source, transform, task))
     counts = dict(transform.counts) | {"sequences": target.num_rows}
     output = Path(task.target).relative_to(task.out).as_posix()
     return record(inputs=[task.source], outputs={output: target.summary}, counts=counts)
+
+
+def _transformed(source: SequenceFile, transform: RowFim, task: FimTask) -> Iterator[bytes]:
+    """The file's sequences, deflated; those that chance leaves as they are need not be deflated again."""
+    for number, (row, chunk) in enumerate(source.rows_and_chunks()):
+        result = transform(row, task.epoch, task.name, number)
+        yield chunk if np.array_equal(result, row) else compress_row(result)

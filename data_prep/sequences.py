@@ -274,6 +274,11 @@ class SequenceFile:
         else:
             yield from map(self.__getitem__, range(start, stop))
 
+    def rows_and_chunks(self) -> Iterator[tuple[np.ndarray, bytes]]:
+        """All sequences, one at a time, each with its deflated bytes: who does not change it need not deflate it."""
+        for index, chunk in enumerate(self.compressed()):
+            yield self._inflate(index, chunk), chunk
+
     def close(self) -> None:
         """Let go of the HDF5 handle; the next access opens it again."""
         if self._file is not None and self._process == os.getpid():

@@ -88,7 +88,7 @@ def _verify_file(path: Path, vocab_size: int | None, *, is_packed: bool) -> tupl
             stated = plain.attrs.get("n_examples")
         if stated != len(file):
             faults.append(f"{path}: n_examples is {stated}, there are {len(file)} rows")
-        for number, (chunk, row) in enumerate(zip(file.compressed(), file.rows(), strict=True)):
+        for number, (row, chunk) in enumerate(file.rows_and_chunks()):
             checksum = (checksum + row_checksum(chunk)) % CHECKSUM_RANGE
             padding += int(np.count_nonzero(row[1] == 0))
             for fault in faults_of(row, vocab_size, is_packed=is_packed):

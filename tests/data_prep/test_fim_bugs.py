@@ -230,18 +230,18 @@ def test_b23_rows_are_streamed_and_the_tokenizer_is_read_once(
 ) -> None:
     """A row is written before the next one is read, and no row or file reads the vocabulary again.
 
-    Planted: `list(source.rows())` -> all 40 rows are read first, fails.
+    Planted: `list(source.rows_and_chunks())` -> all 40 rows are read first, fails.
     """
     rows = np.repeat(packed(document(tokenizer), 64)[None], 40, axis=0)
     files_of(tmp_path / "in/css", ["a.h5", "b.h5", "c.h5"], rows)
     read = written = ahead = 0
-    real_rows, real_write = SequenceFile.rows, SequenceWriter.write_compressed
+    real_compressed, real_write = SequenceFile.compressed, SequenceWriter.write_compressed
 
-    def counted_rows(self: SequenceFile, *arguments: int) -> Iterator[np.ndarray]:
+    def counted_compressed(self: SequenceFile, *arguments: int) -> Iterator[bytes]:
         nonlocal read
-        for row in real_rows(self, *arguments):
+        for chunk in real_compressed(self, *arguments):
             read += 1
-            yield row
+            yield chunk
 
     def counted_write(self: SequenceWriter, chunks: Any, *arguments: Any) -> None:
         def counting() -> Iterator[bytes]:
@@ -253,7 +253,7 @@ def test_b23_rows_are_streamed_and_the_tokenizer_is_read_once(
 
         real_write(self, counting(), *arguments)
 
-    monkeypatch.setattr(SequenceFile, "rows", counted_rows)
+    monkeypatch.setattr(SequenceFile, "compressed", counted_compressed)
     monkeypatch.setattr(SequenceWriter, "write_compressed", counted_write)
     for remembered in (_load_remembered, _backend):
         remembered.cache_clear()
