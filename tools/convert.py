@@ -88,7 +88,14 @@ def convert(
     workers: Annotated[int | None, typer.Option(min=1, help="threads [default: one a core, 4 at most]")] = None,
     max_queue_size: Annotated[int, typer.Option(min=1, help="most tensors in work at a time")] = 50,
 ) -> None:
-    """Convert a checkpoint: crystalcoder convert --from A --to B [--format torch_dist --tp N --pp N]."""
+    """Convert a checkpoint between Hugging Face and Megatron, at any TP and PP. Needs no GPU and little memory.
+
+    \b
+    crystalcoder convert --from HF --to MEGATRON --tp 2 --pp 4
+    crystalcoder convert --from HF --to MEGATRON --format torch_dist
+    crystalcoder convert --from MEGATRON --to HF
+    crystalcoder convert --from LLM360/CrystalCoder@REVISION --to MEGATRON
+    """
     if context.invoked_subcommand is not None:
         return
     if source is None or target is None:

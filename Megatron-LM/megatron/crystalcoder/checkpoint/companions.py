@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -135,6 +136,16 @@ def write_code(target: Path) -> None:
     if settings.is_file() and read_json(settings).get("chat_template"):
         return
     if '"<|sys_start|>"' in tokenizer.read_text():
-        from CrystalCoder.tokenization_crystalcoder_fast import CHAT_TEMPLATE  # imports transformers
+        (target / _CHAT_TEMPLATE).write_text(_packaged_chat_template())
 
-        (target / _CHAT_TEMPLATE).write_text(CHAT_TEMPLATE)
+
+def _packaged_chat_template() -> str:
+    """CHAT_TEMPLATE of the tokenizer's code, from its constants alone: to import it is to import transformers.
+
+    That takes seconds, and transformers warns of whatever else is installed.
+    """
+    code = ast.parse((packaged_directory() / "tokenization_crystalcoder_fast.py").read_text())
+    constants: dict[str, Any] = {}
+    assignments: list[ast.stmt] = [node for node in code.body if isinstance(node, ast.Assign)]
+    exec(compile(ast.Module(assignments, []), "constants", "exec"), constants)
+    return str(constants["CHAT_TEMPLATE"])
