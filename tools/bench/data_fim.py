@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 
 from tools.bench import corpus, packed
-from tools.bench.process import Cost, cost
+from tools.bench.process import Cost, best_of, cost
 from tools.bench.report import Table
 
 # Rate, epochs, and MB of text (of all epochs) per CPU second of the reference, measured elsewhere with one process.
@@ -24,19 +23,14 @@ def measure() -> Table:
         source, out = Path(folder, "rows"), Path(folder, "out")
         size = packed.pack(source)
 
-        def run(module: str, *arguments: str, rounds: int = 1) -> Cost:
-            costs = []
-            for _ in range(rounds):
-                shutil.rmtree(out, ignore_errors=True)
-                costs.append(cost(module, *arguments))
-            return min(costs)
-
         def ours(rate: float, epochs: int, processes: int, rounds: int = ROUNDS) -> Cost:
-            return run("tools.cli", "data", "fim", str(source), "--out", str(out), "--tokenizer", tokenizer, "--rate",
-                       str(rate), "--epochs", str(epochs), "--processes", str(processes), rounds=rounds)  # fmt: skip
+            return best_of(rounds, out, cost, "tools.cli", "data", "fim", str(source), "--out", str(out), "--tokenizer",
+                           tokenizer, "--rate", str(rate), "--epochs", str(epochs), "--processes",
+                           str(processes))  # fmt: skip
 
         def plain(rate: float, epochs: int, processes: int) -> Cost:
-            return run("tools.bench.plain_rows", "fim", str(source), str(out), tokenizer, str(rate), str(epochs))
+            return best_of(1, out, cost, "tools.bench.plain_rows", "fim", str(source), str(out), tokenizer, str(rate),
+                           str(epochs))  # fmt: skip
 
         for stage, (rate, epochs, reference) in STAGES.items():
             base = 0.0

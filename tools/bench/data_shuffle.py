@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 
 import h5py
 
 from tools.bench import packed
-from tools.bench.process import Cost, cost, cost_of
+from tools.bench.process import Cost, best_of, cost, cost_of
 from tools.bench.report import Table
 
 REFERENCE = 1500.0  # rows per CPU second of the reference, measured elsewhere with one process
@@ -29,14 +28,7 @@ def measure() -> Table:
         count = sum(len(h5py.File(path)["data"]) for path in files)
         size = sum(path.stat().st_size for path in files) / 1e6
 
-        def run(rounds: int, *command: str) -> Cost:
-            costs = []
-            for _ in range(rounds):
-                shutil.rmtree(out, ignore_errors=True)
-                costs.append(cost_of("cp", *command) if command[0] == "-RL" else cost(*command))
-            return min(costs)
-
-        copied = run(ROUNDS, "-RL", str(source), str(out))
+        copied = best_of(ROUNDS, out, cost_of, "cp", "-RL", str(source), str(out))
         base = 0.0
 
         def row(way: str, processes: int, spent: Cost) -> tuple[str, ...]:
@@ -47,13 +39,13 @@ def measure() -> Table:
                     f"{spent.wall / copied.wall:.1f}")  # fmt: skip
 
         rows.append(row("cp", 1, copied))
-        plain = run(1, "tools.bench.plain_rows", "shuffle", str(source), str(out), str(FILES))
+        plain = best_of(1, out, cost, "tools.bench.plain_rows", "shuffle", str(source), str(out), str(FILES))
         base = count / plain.cpu
         rows.append(row("straightforward", 1, plain))
         walls = []
         for processes in (1, 2):
-            spent = run(ROUNDS, "tools.cli", "data", "shuffle", str(source), "--out", str(out), "--files", str(FILES),
-                        "--processes", str(processes))  # fmt: skip
+            spent = best_of(ROUNDS, out, cost, "tools.cli", "data", "shuffle", str(source), "--out", str(out),
+                            "--files", str(FILES), "--processes", str(processes))  # fmt: skip
             rows.append(row("here", processes, spent))
             walls.append(spent.wall)
     return Table(
