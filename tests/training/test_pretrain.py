@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from support.distributed import run_on_ranks
+from support.dying_rank import write_dying_rank
 from support.pretraining import SMALL, write_data
+from support.training_runs import column
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +73,8 @@ def test_losses_do_not_depend_on_the_layout(repo_root: Path, data_root: Path) ->
     assert len(two[2]) == 8
 
 
-def run_command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def run_command(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(
         [sys.executable, "-m", "tools.cli", "pretrain", *arguments],
         cwd=cwd,
@@ -119,6 +121,22 @@ def test_the_command_trains_phases_and_evaluates(repo_root: Path, data_root: Pat
     assert result["lm_loss"]["val"] == result["mean"]
     # Phase 2 ran at learning rate 0: its weights are phase 1's.
     assert result["mean"] == pytest.approx(evaluated["eval_loss"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_is_replaced(repo_root: Path, data_root: Path, tmp_path: Path) -> None:
+    """One of two data-parallel ranks is killed at step 5 of 6: the losses are those of a run in which none was."""
+    dying = write_dying_rank(tmp_path / "dying", rank=1, step=5)
+    for name, environment in (("whole", {}), ("again", {"PYTHONPATH": str(dying)})):
+        done = run_command(
+            "--params", "params/tiny/phase1.yaml", "--model_dir", str(tmp_path / name), "--nproc", "2",
+            "--data_root", str(data_root), *SMALL, cwd=repo_root, **environment,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert (dying / "died").exists()
+    assert "rank 1 ended with signal 9: going on from the last checkpoint (restart 1 of 3)" in done.stderr
+    assert "starting from iteration 3 of" in done.stdout
+    np.testing.assert_array_equal(column(tmp_path / "again", "lm_loss"), column(tmp_path / "whole", "lm_loss"))
 
 
 def test_bad_input_is_one_line_and_exit_code_2(repo_root: Path, data_root: Path, tmp_path: Path) -> None:
