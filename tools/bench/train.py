@@ -32,10 +32,12 @@ WAYS = {
     "transformers.Trainer": ("transformers_trainer", 1),
     "this trainer": ("this_trainer", 1),
     "this trainer, --compile ops": ("compiled", 1),
+    "this trainer, --fusions none": ("unfused", 1),
     "this trainer, TP 2": ("this_trainer", 2),
 }
-# How far the losses of the same step may be apart: in bf16 the ways round in different places.
-TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2}
+# How far the losses of the same step, about 10, may be apart. In bf16 the ways round in different places: autocast
+# leaves the sum of the layers in fp32.
+TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}
 
 
 @dataclass

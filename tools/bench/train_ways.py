@@ -74,6 +74,11 @@ def compiled(config: TrainConfig, done: Done) -> None:
     this_trainer(replace(config, speed=Speed(compile="ops")), done)
 
 
+def unfused(config: TrainConfig, done: Done) -> None:
+    """The same with `--fusions none`."""
+    this_trainer(replace(config, speed=Speed(frozenset())), done)
+
+
 def plain_pytorch(config: TrainConfig, done: Done) -> None:
     """What one writes by hand: the Hugging Face model, torch's fused AdamW, gradient accumulation, clipping."""
     model, settings = _hugging_face_model(), config.optimizer
