@@ -128,6 +128,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_the_card_example_runs_in_stock_transformers(export: Path, tmp_path: Path) -> None:
     """In a process that does not have this project, with the reference's logits; measured 1.2e-6."""
     (tmp_path / "cache").mkdir()
@@ -153,6 +154,7 @@ torch.save([float(x) for x, _ in model.loglikelihood(requests)], result)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install lm-eval")
 def test_lm_eval_takes_it(export: Path, tmp_path: Path) -> None:
     """lm-eval's log-likelihood of a continuation is the sum of the model's own."""
