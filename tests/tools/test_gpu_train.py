@@ -12,7 +12,6 @@ import torch
 from data_prep.errors import InputError
 from tools.bench import gpu_train
 from tools.bench.breakdown import PARTS, attribute
-from tools.bench.kernel_checks import SMALL, run_checks
 
 # Kernels of torch's attention that a CPU has not.
 CUDA_ALONE = {f"attention, {name}, forward and backward" for name in ("cudnn", "efficient")}
@@ -20,26 +19,21 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="measures on a
 
 
 def test_the_whole_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Twice into one document: the section is replaced."""
+    """And again into the same document, without time: its section is replaced."""
     document, record = tmp_path / "benchmarks.md", tmp_path / "gpu.json"
     document.write_text("# Benchmarks\n")
-    flags = ["--device", "cpu", "--shapes", "tiny", "--budget", "60", "--out", str(document), "--json", str(record)]
-    gpu_train.main(flags)
-    timings = json.loads(record.read_text())["kernels"]
-    assert {each["name"]: each["failure"] for each in timings if each["failure"]}.keys() <= CUDA_ALONE
-    assert len(timings) == document.read_text().split("gpu_kernels -->")[1].count("\n| ") - 1
-    assert all(each["seconds"] > 0 and each["flops"] + each["bytes"] > 0 for each in timings if not each["failure"])
-    gpu_train.main([*flags, "--skip-checks"])
-    assert capsys.readouterr().out.count(": ok\n") == len(list(run_checks(torch.device("cpu"), SMALL, compiled=False)))
-    text = document.read_text()
+    flags = ["--device", "cpu", "--shapes", "tiny", "--out", str(document), "--json", str(record), "--budget"]
+    gpu_train.main([*flags, "60"])
+    found, text = json.loads(record.read_text()), document.read_text()
+    assert capsys.readouterr().out.count(": ok\n") == len(found["checks"]) > 12
+    assert {each["name"]: each["failure"] for each in found["kernels"] if each["failure"]}.keys() <= CUDA_ALONE
+    for each in found["kernels"]:
+        assert each["failure"] or (each["seconds"] > 0 and each["flops"] + each["bytes"] > 0)
+    assert len(found["kernels"]) == text.split("gpu_kernels -->")[1].count("\n| ") - 1
     assert text.startswith("# Benchmarks\n\n<!-- gpu_train -->\n")
-    assert text.count("<!-- gpu_train -->") == 1
-    section = text.split("gpu_train -->")[1]
-    header, _, *rows = [line for line in section.splitlines() if line.startswith("|")]
+    header, _, *rows = [line for line in text.split("gpu_train -->")[1].splitlines() if line.startswith("|")]
     assert len(rows) == len(gpu_train.PRECISIONS)
     assert all(row.count("|") == header.count("|") for row in rows)
-    found = json.loads(record.read_text())
-    assert found["checks"] == []
     for each in found["measurements"]:
         assert not each["failure"]
         assert each["steps"] >= 3
@@ -47,6 +41,12 @@ def test_the_whole_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert set(each["parts"]) == {*PARTS, "idle"}
         assert all(each["parts"][part] > 0 for part in ("attention", "MLP", "norms", "loss", "optimizer"))
         assert 5 < each["loss"] < 8  # ln 512 = 6.2: a model that knows nothing
+
+    gpu_train.main([*flags, "0.001", "--skip-checks"])
+    text = document.read_text()
+    assert text.count("<!-- gpu_train -->") == 1
+    assert "no time left" in text
+    assert json.loads(record.read_text())["checks"] == []
 
 
 def test_a_wrong_kernel_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,6 +59,28 @@ def test_a_wrong_kernel_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert end.value.code == 1
     assert "not swiglu in bfloat16, swiglu in float32" in out.read_text()
     assert "no time left" in out.read_text()
+
+
+def test_what_breaks_is_told_beside_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that does not run at all, and a step that breaks in one precision."""
+    from tools.bench import kernel_checks
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no such kernel\nand more")
+
+    measure = gpu_train.measure
+    monkeypatch.setattr(kernel_checks, "add_norm", broken)
+    monkeypatch.setattr(
+        gpu_train, "measure", lambda result, *of: (broken if result.precision == "fp8" else measure)(result, *of)
+    )
+    record = tmp_path / "gpu.json"
+    with pytest.raises(SystemExit) as end:
+        gpu_train.main(f"--device cpu --shapes tiny --budget 60 --out {tmp_path / 'table.md'} --json {record}".split())
+    assert end.value.code == 1
+    found = json.loads(record.read_text())
+    assert [each["failure"] for each in found["measurements"]] == ["", "no such kernel"]
+    assert {each["failure"] for each in found["checks"] if each["name"] == "residual + norm"} == {"no such kernel"}
+    assert sum(each["passed"] for each in found["checks"]) == len(found["checks"]) - 2
 
 
 def test_backward_time_belongs_to_the_part_of_its_forward() -> None:

@@ -4,7 +4,7 @@
 
 Everything measured is the trainer's own step (`build`, `train_step`) on the 7B model of params/phase1 cut to so many
 layers. Sequences are random tokens and weights are random: neither changes the speed. On a machine without a GPU,
-`--device cpu --shapes tiny` goes through the same code. The exit code is 1 if a kernel is wrong.
+`--device cpu --shapes tiny` goes through the same code. The exit code is 1 if a kernel is wrong or a measurement broke.
 
 A GPU machine without network that has Python 3.12 and torch with CUDA and Triton: fetch the wheels elsewhere,
 
@@ -26,11 +26,13 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
@@ -130,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Check, measure, write. Exit codes: 1 a kernel is wrong, 2 bad input."""
+    """Check, measure, write. Exit codes: 1 a kernel is wrong or a measurement broke, 2 bad input."""
     with exit_on_bad_input():
         given = list(sys.argv[1:] if arguments is None else arguments)
         options = parser().parse_args(given)
@@ -159,7 +161,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "date": str(date.today()),
             "machine": machine(),
             "command": command,
-            "checks": [asdict(each) | {"passed": each.passed} for each in checks],
+            "checks": [
+                {**asdict(each), "error": None if math.isnan(each.error) else each.error, "passed": each.passed}
+                for each in checks
+            ],
             "kernels": [asdict(each) for each in timings],
             "measurements": [asdict(each) for each in measured],
         }
@@ -171,7 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(result.markdown(), flush=True)
             result.write(options.out)
         platform.shutdown()
-        if not all(each.passed for each in checks):
+        left_out = ("", "out of memory", "no time left")
+        if not all(each.passed for each in checks) or any(each.failure not in left_out for each in measured):
             raise SystemExit(1)
 
 
@@ -189,7 +195,7 @@ def check_kernels(shapes: list[str]) -> list[Check]:
     """Every check, printed as it is done."""
     found = []
     for check in run_checks(platform.device(), _sizes(shapes), compiled=torch.cuda.is_available()):
-        verdict = "ok" if check.passed else "WRONG"
+        verdict = "ok" if check.passed else f"WRONG {check.failure}"
         print(
             f"{check.name:24} {check.dtype:9} off by {check.error:.1e} of {check.tolerance:.0e}: {verdict}", flush=True
         )
@@ -216,6 +222,9 @@ def measure_all(shapes: list[str], precisions: list[str], seq_length: int | None
             measure(result, _config(shape, precision, seq_length), time.monotonic() + left / (len(runs) - number))
         except torch.OutOfMemoryError:
             result.failure = "out of memory"
+        except RuntimeError as error:  # the other measurements are worth having all the same
+            traceback.print_exc()
+            result.failure = str(error).splitlines()[0].replace("|", "/")
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -7,6 +7,7 @@ Shape letters: s sequence, b micro-batch, t tokens, h hidden, n heads, d head di
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -48,12 +49,13 @@ SMALL = Sizes(seq=24, batch=2, heads=3, head_dim=16, ffn=64, vocab=96)
 
 @dataclass(frozen=True)
 class Check:
-    """How far one piece was from its formula, in the worst of its outputs and gradients."""
+    """How far one piece was from its formula, in the worst of its outputs and gradients; or why it did not run."""
 
     name: str
     dtype: str
     error: float
     tolerance: float
+    failure: str = ""
 
     @property
     def passed(self) -> bool:
@@ -78,8 +80,13 @@ def run_checks(device: torch.device, sizes: Sizes, *, compiled: bool, seed: int 
     for dtype in (torch.bfloat16, torch.float32):
         generator = torch.Generator(device).manual_seed(seed)
         for case in _cases(device, dtype, sizes, generator, compiled):
-            error = _error(case, dtype)
-            yield Check(case.name, str(dtype).removeprefix("torch."), error, case.tolerance or TOLERANCE[dtype])
+            error, failure = math.nan, ""
+            try:
+                error = _error(case, dtype)
+            except RuntimeError as fault:  # the others are worth knowing all the same
+                failure = str(fault).splitlines()[0]
+            name = str(dtype).removeprefix("torch.")
+            yield Check(case.name, name, error, case.tolerance or TOLERANCE[dtype], failure)
 
 
 def _error(case: _Case, dtype: torch.dtype) -> float:
