@@ -131,11 +131,11 @@ def compare(folder: Path, tokenizer: Path, seed: int, monkeypatch: pytest.Monkey
             assert dict(file.attrs) == {"n_examples": len(rows)}
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(24))
 def test_random_corpora_and_options(
     tmp_path: Path, template_tokenizer: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Planted: an empty text keeps its BOS where the reference has EOS alone -> 3 of 40 fail; short sequences of up to
+    """Planted: an empty text keeps its BOS where the reference has EOS alone -> 3 of 40 seeds fail; short sequences of up to
     `length` tokens -> 4; a text file's line ends as they are -> 14."""
     compare(tmp_path, template_tokenizer, seed, monkeypatch)
 
