@@ -135,8 +135,8 @@ def compare(folder: Path, tokenizer: Path, seed: int, monkeypatch: pytest.Monkey
 def test_random_corpora_and_options(
     tmp_path: Path, template_tokenizer: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Planted: an empty text keeps its BOS where the reference has EOS alone -> 3 of 40 seeds fail; short sequences of up to
-    `length` tokens -> 4; a text file's line ends as they are -> 14."""
+    """Planted: an empty text keeps its BOS where the reference has EOS alone -> 3 of 40 seeds fail; short sequences of
+    up to `length` tokens -> 4; a text file's line ends as they are -> 14."""
     compare(tmp_path, template_tokenizer, seed, monkeypatch)
 
 
