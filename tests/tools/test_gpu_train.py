@@ -62,23 +62,25 @@ def test_a_wrong_kernel_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_breaks_is_told_beside_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel that does not run at all, and a step that breaks in one precision."""
+    """A kernel that does not run at all, a precision that this device has not, and a step that breaks."""
     from tools.bench import kernel_checks
 
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no such kernel\nand more")
 
-    measure = gpu_train.measure
+    def measure(result: Any, *_: Any) -> None:
+        if result.precision == "fp8":
+            raise InputError("no fp8 here")
+        broken()
+
     monkeypatch.setattr(kernel_checks, "add_norm", broken)
-    monkeypatch.setattr(
-        gpu_train, "measure", lambda result, *of: (broken if result.precision == "fp8" else measure)(result, *of)
-    )
+    monkeypatch.setattr(gpu_train, "measure", measure)
     record = tmp_path / "gpu.json"
     with pytest.raises(SystemExit) as end:
         gpu_train.main(f"--device cpu --shapes tiny --budget 60 --out {tmp_path / 'table.md'} --json {record}".split())
     assert end.value.code == 1
     found = json.loads(record.read_text())
-    assert [each["failure"] for each in found["measurements"]] == ["", "no such kernel"]
+    assert [each["failure"] for each in found["measurements"]] == ["no such kernel", "no fp8 here"]
     assert {each["failure"] for each in found["checks"] if each["name"] == "residual + norm"} == {"no such kernel"}
     assert sum(each["passed"] for each in found["checks"]) == len(found["checks"]) - 2
 

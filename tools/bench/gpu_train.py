@@ -222,6 +222,8 @@ def measure_all(shapes: list[str], precisions: list[str], seq_length: int | None
             measure(result, _config(shape, precision, seq_length), time.monotonic() + left / (len(runs) - number))
         except torch.OutOfMemoryError:
             result.failure = "out of memory"
+        except InputError as error:  # this GPU has no fp8, or the like
+            result.failure = str(error).replace("|", "/")
         except RuntimeError as error:  # the other measurements are worth having all the same
             traceback.print_exc()
             result.failure = str(error).splitlines()[0].replace("|", "/")

@@ -87,7 +87,9 @@ def _moments_kept_as(states: OptimizerStates) -> Iterator[None]:
                 f"--optimizer-states {states} is for this project's own Adam, and {usual.__module__} has taken its "
                 "place: uninstall Transformer Engine and Apex, or drop the flag"
             )
-        module.Adam = partial(CompactAdamW, kind=states, compiled=torch.cuda.is_available())
+        # Triton compiles fp8 for GPUs that have it.
+        compiled = torch.cuda.is_available() and (states == "bf16" or torch.cuda.get_device_capability() >= (8, 9))
+        module.Adam = partial(CompactAdamW, kind=states, compiled=compiled)
     try:
         yield
     finally:
