@@ -15,11 +15,14 @@ import torch.distributed as dist
 from megatron.crystalcoder.training.elastic import JobIsOver, next_attempt
 from support.network import free_port
 
-# Writes <attempt>.<rank> and then does what the test says for its attempt and rank.
+# Writes <attempt>.<rank>, waits for the other rank's, and then does what the test says for its attempt and rank.
 RANK = """
 import os, pathlib, sys, time
 attempt, rank = os.environ["CRYSTALCODER_ATTEMPT"], os.environ["RANK"]
-pathlib.Path(sys.argv[1], f"{{attempt}}.{{rank}}").touch()
+folder = pathlib.Path(sys.argv[1])
+(folder / f"{{attempt}}.{{rank}}").touch()
+while len(list(folder.glob(f"{{attempt}}.*"))) < 2:
+    time.sleep(0.05)
 {what}
 """
 
@@ -101,8 +104,8 @@ def test_a_node_that_died_joins_again(repo_root: Path, tmp_path: Path, dead: int
     """Its launcher and rank are killed together; the call is made again; the other node's rank notices."""
     other = 1 - dead
     what = f"""
-if attempt == '1' and not pathlib.Path(sys.argv[1], 'died').exists():
-    while rank == '{dead}' or not pathlib.Path(sys.argv[1], 'died').exists(): time.sleep(0.1)
+if attempt == '1' and not (folder / 'died').exists():
+    while rank == '{dead}' or not (folder / 'died').exists(): time.sleep(0.1)
     sys.exit(1)
 """
     port = free_port()
