@@ -117,13 +117,16 @@ def run_step(
     """
     if processes < 1:
         raise InputError(f"--processes {processes}: at least 1 is needed")
-    fingerprint = fingerprint_of(step, settings)
+    # Without bad records "skip" does what "stop" does: a run that stopped at one may go on with "skip".
+    fingerprint = fingerprint_of(step, {name: value for name, value in settings.items() if name != "on_error"})
+    skips = settings.get("on_error") == "skip"
     manifest = finished_manifest(out)
-    if manifest and manifest["fingerprint"] == fingerprint and not overwrite:
+    is_done = manifest and manifest["fingerprint"] == fingerprint and (skips or not manifest["counts"]["rejected"])
+    if manifest and is_done and not overwrite:
         print(f"{out}: already done with these settings (--overwrite does it again)", file=sys.stderr)
         shutil.rmtree(out / TASKS, ignore_errors=True)  # left by a run that was killed when all was done
         return manifest
-    _claim(out, fingerprint, overwrite=overwrite)
+    _claim(out, fingerprint, skips=skips, overwrite=overwrite)
     folder = out / TASKS
     if (folder / JOBS).exists():
         from data_prep.cluster import wait_for_earlier
@@ -173,11 +176,15 @@ def _run(folder: Path, stages: Sequence[Stage], processes: int) -> Iterator[int]
             yield 1
 
 
-def _claim(out: Path, fingerprint: str, *, overwrite: bool) -> None:
+def _claim(out: Path, fingerprint: str, *, skips: bool, overwrite: bool) -> None:
     """Make `out` ours: empty, or half-done by the same step with the same settings."""
     mark = out / TASKS / "settings.json"
-    if mark.exists() and json.loads(mark.read_bytes())["fingerprint"] == fingerprint and not overwrite:
-        return
+    claim = {"fingerprint": fingerprint, "skips": skips}
+    if mark.exists() and not overwrite:
+        earlier = json.loads(mark.read_bytes())
+        if earlier["fingerprint"] == fingerprint and (skips or not earlier["skips"]):
+            write_json(mark, claim)
+            return
     if out.exists():
         if not out.is_dir():
             raise InputError(f"{out}: is a file: --out names a folder")
@@ -197,7 +204,7 @@ def _claim(out: Path, fingerprint: str, *, overwrite: bool) -> None:
             shutil.rmtree(doomed)
     try:
         mark.parent.mkdir(parents=True, exist_ok=True)
-        write_json(mark, {"fingerprint": fingerprint})
+        write_json(mark, claim)
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror}): choose another --out") from None
 

@@ -248,3 +248,25 @@ def test_a_worker_is_killed(tmp_path: Path) -> None:
         run_step("kill", tmp_path / "out", tasks, die_once, settings={}, processes=2)
     manifest = run_step("kill", tmp_path / "out", tasks, die_once, settings={}, processes=2)
     assert manifest["counts"]["tasks"] == 3
+
+
+def test_a_run_that_stopped_goes_on_with_skip(tmp_path: Path, tokenizer_file: Path) -> None:
+    """What was done before the bad record is kept; the bytes are those of a run that skipped from the start. Not the
+    other way round: what skipped has left something out. Planted: on_error in the fingerprint -> refused, fails."""
+    (tmp_path / "in").mkdir()
+    for name in "abcd":
+        (tmp_path / f"in/{name}.jsonl").write_bytes(lines(*map(str, range(50))) + b"{\n" * (name == "c"))
+    command = ["tokenize", str(tmp_path / "in"), "--tokenizer", str(tokenizer_file), "--shard-mb", "0"]
+    with pytest.raises(InputError, match=r"c\.jsonl:51"):
+        main([*command, "--out", str(tmp_path / "a")])
+    records = sorted(p.name for p in (tmp_path / "a/.tasks").rglob("*.json"))
+    assert len(records) == 3  # two tasks and settings.json
+    for out in "ab":
+        main([*command, "--out", str(tmp_path / out), "--on-error", "skip"])
+    contents = [
+        {p.relative_to(tmp_path / out): p.read_bytes() for p in sorted((tmp_path / out).rglob("*")) if p.is_file()}
+        for out in "ab"
+    ]
+    assert contents[0] == contents[1]
+    with pytest.raises(InputError, match="holds the output of other settings"):
+        main([*command, "--out", str(tmp_path / "a")])
