@@ -57,7 +57,13 @@ def machine() -> str:
     import torch
 
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    return f"{accelerator}, Python {platform.python_version()}, torch {torch.__version__}"
+    load = os.getloadavg()[1]  # of five minutes
+    others = (
+        f", beside much else (load average {load:.0f}: wall times say little)"
+        if load > 2 * (os.cpu_count() or 1)
+        else ""
+    )
+    return f"{accelerator}, Python {platform.python_version()}, torch {torch.__version__}{others}"
 
 
 def interleaved(
