@@ -5,28 +5,25 @@ On a machine without fp8 products they are emulated: fp32 products of operands r
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 
 from data_prep.errors import InputError
-from data_prep.sequences import SequenceWriter
 from megatron.crystalcoder.model.config import ParallelConfig
 from megatron.crystalcoder.model.fusions import Speed, parse_fusions
 from megatron.crystalcoder.model.kernels.fp8 import E4M3, E5M2, Fp8Products, check_fp8
 from megatron.crystalcoder.training.config import DataSettings, WarmupDecay
 from support.distributed import run_on_ranks
-from support.reference_model import TINY
-from support.training_runs import column, tiny_config, tiny_weights
+from support.text_runs import curve, text_rows, train_on
+from support.training_runs import column
 
 # e4m3 rounds by up to 1/16, e5m2 by up to 1/8 of a number; of normal ones by 2.6% and 5.2% in the mean square.
 ROUNDING = {E4M3: 0.026, E5M2: 0.052}
 EMULATED = Speed(fp8="emulated")
-PADDED = TINY.padded(TINY.vocab_size, 192)  # 172 is no multiple of 16; halves of 192 are
 
 
 def error(got: torch.Tensor, true: torch.Tensor) -> float:
@@ -92,37 +89,6 @@ def test_numbers_without_a_size() -> None:
     spoilt = torch.randn(16, 16)
     spoilt[3, 4] = float("nan")
     assert products.forward(products.operand(spoilt), weight).isnan().any()
-
-
-def text_rows(path: Path, repo_root: Path) -> Path:
-    """Sequences of the bytes of this repository's documents and sources: prose and code, no two rows alike."""
-    files = sorted([*repo_root.glob("docs/*.md"), *repo_root.glob("data_prep/*.py")])
-    text = np.frombuffer(b"".join(file.read_bytes() for file in files), dtype=np.uint8).astype(np.int32)
-    rows = text[: len(text) // 65 * 65].reshape(-1, 65)
-    with SequenceWriter(path, 64) as writer:
-        writer.write(np.stack([rows[:, :-1], np.ones_like(rows[:, 1:]), rows[:, 1:]], axis=1))
-    return path
-
-
-def train_on(path: Path, save: Path, steps: int, parallel: ParallelConfig, **changes: Any) -> None:
-    """A run of the tiny model in bf16 on this rank; its metrics are in `save`."""
-    from megatron.crystalcoder import platform
-    from megatron.crystalcoder.training.loop import train
-
-    platform.initialize()
-    config = tiny_config(path, save, parallel=parallel, bf16=True, model=PADDED, seq_length=64, train_iters=steps)
-    config = replace(config, data=DataSettings(paths=(path,), order="shuffled"), global_batch_size=16)
-    config = replace(config, micro_batch_size=8, schedule=WarmupDecay(3e-3, 3e-4, 160.0, 16.0 * steps, "cosine"))
-    train(replace(config, **changes), initial_weights=cast(Any, tiny_weights()))
-
-
-def curve(path: Path, save: Path, steps: int, **changes: Any) -> np.ndarray:
-    """The losses of such a run, alone."""
-    from megatron.crystalcoder import platform
-
-    train_on(path, save, steps, ParallelConfig(), **changes)
-    platform.shutdown()
-    return column(save, "lm_loss")
 
 
 def test_a_model_learns_as_in_bf16(tmp_path: Path, repo_root: Path) -> None:

@@ -23,6 +23,7 @@ from megatron.crystalcoder.training.config import OptimizerSettings
 from megatron.crystalcoder.training.moments import BLOCK, pack, packed_zeros, unpack
 from support.distributed import run_on_ranks
 from support.reference_model import TINY
+from support.text_runs import curve, text_rows
 from support.training_runs import column, tiny_config, tiny_weights, write_rows
 
 KINDS = pytest.mark.parametrize("kind", ["bf16", "8bit"])
@@ -139,6 +140,18 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path, kind: str, 
     assert np.abs(whole - fp32).max() > 0
     assert len(column(tmp_path / "parts", "lm_loss")) == 10
     np.testing.assert_array_equal(column(tmp_path / "parts", "lm_loss")[:8], whole)
+
+
+@pytest.mark.slow
+def test_loss_over_200_steps_on_real_text(tmp_path: Path, repo_root: Path) -> None:
+    """Ends where fp32's does, give or take what another order of the rows does."""
+    path = text_rows(tmp_path / "text.h5", repo_root)
+    ends = {
+        kind: curve(path, tmp_path / kind, 200, optimizer=settings(kind))[-50:].mean()
+        for kind in ("fp32", "bf16", "8bit")
+    }
+    assert abs(ends["bf16"] - ends["fp32"]) < 0.01
+    assert abs(ends["8bit"] - ends["fp32"]) < 0.02
 
 
 @pytest.mark.parametrize(
