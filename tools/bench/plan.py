@@ -18,9 +18,9 @@ from tools.bench.plan_rank import LOSS_CHUNK
 from tools.bench.report import Table
 
 MODEL = ModelConfig(
-    vocab_size=16384, hidden_size=768, num_layers=8, num_attention_heads=12, ffn_hidden_size=2048, rotary_dim=16
+    vocab_size=8192, hidden_size=512, num_layers=6, num_attention_heads=8, ffn_hidden_size=1364, rotary_dim=16
 )
-WIDE = replace(MODEL, hidden_size=1024, num_attention_heads=16, ffn_hidden_size=2730, num_layers=4)
+WIDE = replace(MODEL, hidden_size=768, num_attention_heads=12, ffn_hidden_size=2048, num_layers=3)
 SEQUENCE = 512
 
 
@@ -52,6 +52,7 @@ def measure() -> Table:
     for case in CASES:
         ranks = _run(case)
         peak, seconds = max(rank["bytes"] for rank in ranks), sum(rank["cpu_seconds"] for rank in ranks)
+        print(f"{case.name}: {ranks}", file=sys.stderr, flush=True)
         flops, memory = _flops(case), predicted_bytes(case)
         rate = rate or flops / seconds
         rows.append(
