@@ -13,7 +13,7 @@ from tools.bench.report import Table
 
 REFERENCE = 1500.0  # rows per CPU second of the reference, measured elsewhere with one process
 FILES = 8
-REPEATED = 12  # times the same rows: a shuffle is of many, and its start-up must not count
+REPEATED = 48  # times the same rows: a shuffle is of many, and its start-up must not count
 ROUNDS = 3  # of ours and of cp
 
 

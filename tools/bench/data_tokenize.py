@@ -16,7 +16,7 @@ SEQUENCE = 2048
 # MB of text per CPU second of the reference (modelzoo 2.0.2's LMData, one process, measured elsewhere on two cores).
 REFERENCE = {"code": 0.90, "prose": 0.69}
 ROUNDS = 2  # of ours; best of them. The straightforward way takes long enough to be steady.
-REPEATED = 6  # times the same files, for the scaling: there start-up must not count
+REPEATED = 16  # times the same files, for the scaling: there start-up must not count
 
 
 def measure() -> Table:
