@@ -40,8 +40,8 @@ PLACEHOLDER = re.compile(r"\{(\w+)\}")
 # written per byte of text that is tokenised.
 UNPACKED = 3.0
 TOKENIZED = 0.45
-# Bytes that one process takes in a second, of text (partition, tokenize) or as they are read: CPU seconds of one
-# core with source code on the machine of docs/benchmarks.md, rounded down. A disk slower than all processes is not in it.
+# Bytes that one process takes in a second, of text (partition, tokenize) or as they are read: CPU seconds of one core
+# with source code on the machine of docs/benchmarks.md, rounded down. A disk slower than all processes is not in it.
 RATES = {"parquet2jsonl": 50e6, "partition": 120e6, "tokenize": 15e6, "fim": 10e6, "shuffle": 60e6, "subset": 60e6}
 FIM_SLOWER = 1.5  # tokenising with FIM
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # UsageError; where it lives depends on typer's version
