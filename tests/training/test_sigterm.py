@@ -51,7 +51,10 @@ def save_twice_with_a_sigterm_between(rows: Path, save: Path) -> int:
 
 
 def test_a_run_that_has_saved_before_saves(tmp_path: Path) -> None:
-    """Planted: `helpers_outlive_sigterm` or `ignore_sigterm` left out: BrokenPipeError, or a dead worker: fail."""
+    """Its helpers are forked from a server here, which gets the signal as well: without it, they would end.
+
+    Planted: `helpers_outlive_sigterm` left out in run_state.py, in loader.py: BrokenPipeError, a dead worker: fail.
+    """
     write_rows(tmp_path / "rows.jsonl")
     [found] = run_on_ranks(1, save_twice_with_a_sigterm_between, tmp_path / "rows.jsonl", tmp_path / "run")
     assert found >= 2  # one reads rows, one collects what writers report

@@ -14,7 +14,10 @@ from multiprocessing import resource_tracker
 
 @contextmanager
 def helpers_outlive_sigterm() -> Iterator[None]:
-    """Processes that this thread starts inside never get SIGTERM; this process gets one that comes meanwhile later."""
+    """Processes that this thread starts inside never get SIGTERM; this process gets one that comes meanwhile later.
+
+    The blocked signal is inherited: by the server that Python 3.14 forks helpers from, and by what that forks, too.
+    """
     # Python's tracker of shared resources, if the first helper starts it, unblocks SIGTERM whatever was before.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -22,8 +25,3 @@ def helpers_outlive_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def ignore_sigterm(*_: object) -> None:
-    """For a helper process to call when it starts."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -15,7 +15,7 @@ from megatron.crystalcoder.data.mixture import open_mixture
 from megatron.crystalcoder.data.order import Order, make_order
 from megatron.crystalcoder.data.reference_order import open_reference
 from megatron.crystalcoder.data.rows import Rows, open_rows
-from megatron.crystalcoder.sigterm import ignore_sigterm
+from megatron.crystalcoder.sigterm import helpers_outlive_sigterm
 from megatron.crystalcoder.training.config import DataSettings
 
 
@@ -73,10 +73,11 @@ def _read_ahead(
         sampler=batches,  # any iterable; each item is a whole micro-batch, and this one has no end
         batch_size=None,
         num_workers=num_workers,
-        worker_init_fn=ignore_sigterm,
     )
+    with helpers_outlive_sigterm():
+        workers = iter(loader)
     try:
-        yield from loader
+        yield from workers
     except InputError as error:
         # The loader wraps a worker's error in the worker's traceback; the one line is its end.
         raise InputError(str(error).rsplit("InputError: ", 1)[-1].strip()) from None
