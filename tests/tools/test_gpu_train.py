@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -140,3 +141,26 @@ def test_bad_input_is_one_line(arguments: list[str], message: str, capsys: pytes
     with pytest.raises((SystemExit, InputError)):
         gpu_train.main(arguments if "--device" in message else ["--device", "cpu", *arguments])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_each_step_is_read_once(late: bool) -> None:
+    """Late, as on a GPU, a step is read when the next one has been started; the last loss is the last step's."""
+    events: list[str] = []
+
+    def start() -> Any:
+        number = events.count("start") + 1
+        events.append("start")
+
+        def result() -> Any:
+            events.append(f"read {number}")
+            return SimpleNamespace(lm_loss=float(number))
+
+        return SimpleNamespace(result=result)
+
+    seconds, loss = gpu_train._timed(start, 0.0, late=late)
+    assert len(seconds) == 3
+    assert loss == events.count("start") == (4 if late else 3)
+    reads = [event for event in events if event != "start"]
+    assert reads == [f"read {number + 1}" for number in range(int(loss))]
+    assert events[:3] == (["start", "start", "read 1"] if late else ["start", "read 1", "start"])

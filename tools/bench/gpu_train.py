@@ -2,9 +2,10 @@
 
     python -m tools.bench.gpu_train --shapes 1,8,full --precision bf16,fp8
 
-Everything measured is the trainer's own step (`build`, `train_step`) on the 7B model of params/phase1 cut to so many
-layers. Sequences are random tokens and weights are random: neither changes the speed. On a machine without a GPU,
-`--device cpu --shapes tiny` goes through the same code. The exit code is 1 if a kernel is wrong or a measurement broke.
+Everything measured is the trainer's own step (`build`, `start_step`, each read while the next one runs) on the 7B model
+of params/phase1 cut to so many layers. Sequences are random tokens and weights are random: neither changes the speed.
+On a machine without a GPU, `--device cpu --shapes tiny` goes through the same code. The exit code is 1 if a kernel is
+wrong or a measurement broke.
 
 A GPU machine without network that has Python 3.12 and torch with CUDA and Triton: fetch the wheels elsewhere,
 
@@ -33,11 +34,12 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
@@ -54,6 +56,9 @@ from tools.bench.kernel_checks import SMALL, Check, Sizes, run_checks
 from tools.bench.kernel_times import Timing, time_kernels
 from tools.bench.report import DOCUMENT, Table, machine
 from tools.bench.synthetic import TiledWeights, random_rows
+
+if TYPE_CHECKING:
+    from megatron.crystalcoder.training.step import StartedStep
 
 PARAMS = Path(__file__).resolve().parents[2] / "params" / "phase1" / "params.yaml"
 TINY = ModelConfig(
@@ -291,9 +296,11 @@ def _gpu_memory() -> int:
 def measure(result: Measurement, config: TrainConfig, deadline: float) -> None:
     """Fill in `result`: steps until the deadline (at least 3, at most 20), then one under the profiler."""
     from megatron.crystalcoder.data.loader import micro_batches, open_data
+    from megatron.crystalcoder.data.prefetch import prefetched
     from megatron.crystalcoder.training.loop import build
     from megatron.crystalcoder.training.resume import Start
-    from megatron.crystalcoder.training.step import train_step
+    from megatron.crystalcoder.training.step import num_micro_batches, start_step
+    from megatron.crystalcoder.training.step_reader import reads_late
 
     result.settings = _settings(config)
     result.parameters = config.model.unpadded.num_parameters
@@ -309,25 +316,40 @@ def measure(result: Measurement, config: TrainConfig, deadline: float) -> None:
         size = config.micro_batch_size
         data = micro_batches(rows, order, consumed_samples=0, micro_batch_size=size, dp_rank=0, dp_size=1)
 
-        def step() -> float:
-            loss = train_step(model, optimizer, data, config, lr=1e-4).lm_loss
-            torch.cuda.synchronize()
-            return loss
+        if torch.cuda.is_available():
+            data = prefetched(data, depth=2 * num_micro_batches(config), pin=True)
 
-        for _ in range(_WARM_UP_STEPS):
-            step()
-        seconds: list[float] = []
-        while len(seconds) < _MIN_STEPS or (len(seconds) < _MAX_STEPS and time.monotonic() < deadline):
-            start = time.perf_counter()
-            result.loss = step()
-            seconds.append(time.perf_counter() - start)
-        result.steps, result.step_seconds = len(seconds), statistics.median(seconds)
+        def start() -> StartedStep:
+            return start_step(model, optimizer, data, config, lr=1e-4)
+
+        with closing(data):
+            for _ in range(_WARM_UP_STEPS):
+                start().result()
+            seconds, result.loss = _timed(start, deadline, late=reads_late(config, optimizer))
+            result.steps, result.step_seconds = len(seconds), statistics.median(seconds)
+            result.parts = breakdown(lambda: start().result(), model, seconds=result.step_seconds)
         result.tokens_per_second = config.global_batch_size * config.seq_length / result.step_seconds
         peak = platform.peak_flops()
         if peak is not None:
             result.mfu = result.tokens_per_second * flops_per_token(config.model.unpadded, config.seq_length) / peak
         result.peak_memory = platform.peak_memory_bytes()
-        result.parts = breakdown(step, model, seconds=result.step_seconds)
+
+
+def _timed(start: Callable[[], StartedStep], deadline: float, *, late: bool) -> tuple[list[float], float]:
+    """Seconds of each step until the deadline (at least 3, at most 20), and the last loss; read late as the trainer
+    does on a GPU: a step while the next one runs."""
+    started = [start()] if late else []
+    seconds: list[float] = []
+    begin = time.perf_counter()
+    while len(seconds) < _MIN_STEPS or (len(seconds) < _MAX_STEPS and time.monotonic() < deadline):
+        started.append(start())
+        loss = started.pop(0).result().lm_loss
+        end = time.perf_counter()
+        seconds.append(end - begin)
+        begin = end
+    for step in started:
+        loss = step.result().lm_loss
+    return seconds, loss
 
 
 def _settings(config: TrainConfig) -> str:
