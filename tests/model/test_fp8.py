@@ -118,17 +118,21 @@ def train_split(path: Path, save: Path, parallel: ParallelConfig, speed: Speed) 
 
 @pytest.mark.slow
 def test_loss_over_200_steps_on_real_text_is_within_the_noise(tmp_path: Path, repo_root: Path) -> None:
-    """The noise is what another order of the rows does to the end of a bf16 run."""
+    """The noise is how far the ends of bf16 runs lie apart that differ in nothing but the order of their rows."""
     path = text_rows(tmp_path / "text.h5", repo_root)
-    plain = curve(path, tmp_path / "bf16", 200)
-    fp8 = curve(path, tmp_path / "fp8", 200, speed=EMULATED)
-    other = DataSettings(paths=(path,), order="shuffled", seed=2)
-    again = curve(path, tmp_path / "again", 200, data=other)
-    ends = [each[-50:].mean() for each in (plain, fp8, again)]
-    print("ends", ends)
-    print("curve differences: fp8", np.abs(fp8 - plain)[20:].mean())
+    ends = np.array([_ends(path, tmp_path / str(seed), seed) for seed in range(1, 5)])
+    bf16, fp8 = ends.T
+    print(f"bf16 {bf16}, fp8 {fp8}, mean difference {(fp8 - bf16).mean():.4f}, noise {bf16.std(ddof=1):.4f}")
+    assert abs((fp8 - bf16).mean()) < bf16.std(ddof=1)
+
+
+def _ends(path: Path, folder: Path, seed: int) -> tuple[float, float]:
+    """The mean of the last 50 losses in bf16 and in fp8, over the same rows."""
+    data = DataSettings(paths=(path,), order="shuffled", seed=seed)
+    plain = curve(path, folder / "bf16", 200, data=data)
+    fp8 = curve(path, folder / "fp8", 200, data=data, speed=EMULATED)
     assert plain[-50:].mean() < plain[0] - 2
-    assert abs(ends[1] - ends[0]) < max(2 * abs(ends[2] - ends[0]), 0.01)
+    return float(plain[-50:].mean()), float(fp8[-50:].mean())
 
 
 def test_refusals() -> None:

@@ -79,6 +79,7 @@ def transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
+        cuda_graph_scope=[],
         deallocate_pipeline_outputs=True,
         **recompute,
     )
