@@ -30,7 +30,11 @@ USAGE = "usage: crystalcoder COMMAND [arguments]     (crystalcoder COMMAND --hel
 
 def main(arguments: list[str] | None = None) -> None:
     """Dispatch to the subcommand named by the first argument."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    with exit_on_bad_input():
+        _dispatch(sys.argv[1:] if arguments is None else arguments)
+
+
+def _dispatch(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, "\n\ncommands:")
         for name, (_, summary) in COMMANDS.items():
@@ -39,8 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments[0] not in COMMANDS:
         print(f"error: unknown command '{arguments[0]}': use one of {', '.join(COMMANDS)}", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT)
-    with exit_on_bad_input():
-        import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
+    import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
 
 
 if __name__ == "__main__":
