@@ -29,9 +29,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_prep import commands
-from data_prep.engine import TASKS
 from data_prep.errors import InputError
-from data_prep.manifest import MANIFEST
+from data_prep.manifest import MANIFEST, TASKS
 from data_prep.subset import parse_subset
 
 RECIPES = Path(__file__).with_name("recipes")

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep.errors import InputError, full_disk
-from data_prep.manifest import MANIFEST, Record, fingerprint_of, finished_manifest, write_manifest
+from data_prep.manifest import MANIFEST, TASKS, Record, fingerprint_of, finished_manifest, write_manifest
+from data_prep.streams import is_url
 
-TASKS = ".tasks"
 JOBS = "jobs.json"  # in TASKS: the cluster's jobs that are at work
 FAILED = "failed.json"  # in TASKS: the first task that failed on a cluster, and why
 
@@ -117,6 +117,7 @@ def run_step(
     """
     if processes < 1:
         raise InputError(f"--processes {processes}: at least 1 is needed")
+    _spare_inputs(out, [entry["path"] for entry in settings.get("inputs", ())])
     # Without bad records "skip" does what "stop" does: a run that stopped at one may go on with "skip".
     fingerprint = fingerprint_of(step, {name: value for name, value in settings.items() if name != "on_error"})
     skips = settings.get("on_error") == "skip"
@@ -174,6 +175,25 @@ def _run(folder: Path, stages: Sequence[Stage], processes: int) -> Iterator[int]
         for task, record in _results(stage.work, list(stage.tasks), processes):
             write_json(folder / f"{task.name}.json", record)
             yield 1
+
+
+def _spare_inputs(out: Path, inputs: Sequence[str]) -> None:
+    """Refuse an `out` that holds inputs, also behind links: --overwrite would delete them with it."""
+    folder = out.resolve()
+    for path in inputs:
+        if not is_url(path) and Path(path).resolve().is_relative_to(folder):
+            raise InputError(f"{out}: holds the input {path}: name another --out")
+
+
+def refuse_out_among(inputs: Sequence[str | Path], out: Path) -> None:
+    """Refuse an `out` below a folder all of whose files are inputs: a relaunch would take what it has written for one.
+
+    Raises:
+        InputError: it is there.
+    """
+    for given in inputs:
+        if not is_url(str(given)) and out.resolve().is_relative_to(Path(given).resolve()):
+            raise InputError(f"{out}: --out lies among the inputs: name another folder")
 
 
 def _claim(out: Path, fingerprint: str, *, skips: bool, overwrite: bool) -> None:

@@ -20,6 +20,7 @@ from data_prep.streams import size_of
 
 MANIFEST = "manifest.json"
 REJECTS = "rejects.jsonl"
+TASKS = ".tasks"  # folder of a step that is not finished yet: what is done so far
 FORMAT = 1
 
 Record = dict[str, Any]

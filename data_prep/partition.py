@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 import zstandard
 
-from data_prep.engine import Task, run_step
+from data_prep.engine import Task, refuse_out_among, run_step
 from data_prep.errors import InputError
 from data_prep.manifest import Record, input_identity, record
 from data_prep.sources import LINES_SUFFIXES, Fault, FaultPolicy, discover, parse_record
@@ -75,6 +75,7 @@ def partition(
         if name in names:
             raise InputError(f"{source.path}: would be written over {names[name]}: rename one")
         names[name] = source.path
+    refuse_out_among(inputs, out)
     tasks = [Task(name, PartitionTask(options, path, name, str(out))) for name, path in names.items()]
     settings = asdict(options) | {
         "inputs": [{"name": source.name, **input_identity(source.path)} for source in sources]

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.engine import TASKS, Stage, Task, run_step
+from data_prep.engine import Stage, Task, refuse_out_among, run_step
 from data_prep.errors import InputError
-from data_prep.manifest import Record, input_identity, record
+from data_prep.manifest import TASKS, Record, input_identity, record
 from data_prep.permutation import Permutation
 from data_prep.provenance import SpanTable
 from data_prep.sequences import SequenceFile, SequenceWriter, sequence_files
@@ -71,8 +71,7 @@ def shuffle(
     sources = [path for given in inputs for path in sequence_files(given, recursive=True)]
     if len(set(sources)) < len(sources):
         raise InputError(f"{next(p for p in sources if sources.count(p) > 1)}: is named twice among the inputs")
-    if any(path.is_relative_to(out) for path in sources):
-        raise InputError(f"{out}: --out lies among the inputs: name another folder")
+    refuse_out_among(inputs, out)
     sizes = []
     lengths: dict[int, Path] = {}
     for path in sources:

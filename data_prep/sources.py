@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple, cast
 import orjson
 
 from data_prep.errors import InputError
-from data_prep.manifest import MANIFEST, REJECTS
+from data_prep.manifest import MANIFEST, REJECTS, TASKS
 from data_prep.streams import ZstdStream, files_below, filesystem, is_url, open_bytes
 
 LINES_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -88,7 +90,7 @@ def discover(inputs: Sequence[str | Path], text_suffixes: Sequence[str] = ()) ->
     (".py", for code trees); a file stands for itself.
 
     Raises:
-        InputError: an input that is not there, or a folder without such files.
+        InputError: an input that is not there, a folder without such files, or a file that is there twice.
     """
     sources: list[Source] = []
     for number, given in enumerate(inputs):
@@ -106,11 +108,18 @@ def discover(inputs: Sequence[str | Path], text_suffixes: Sequence[str] = ()) ->
             sources.append(Source(str(given), prefix + str(given).rsplit("/", 1)[-1]))
             continue
         suffixes = (*DATA_SUFFIXES, *text_suffixes)
-        found = sorted(n for n in names if n.endswith(suffixes) and n.rsplit("/", 1)[-1] not in OWN_FILES)
+        found = sorted(name for name in names if name.endswith(suffixes) and not _is_own(name))
         if not found:
             raise InputError(f"{given}: holds no file that ends in {', '.join(suffixes)} (--text-suffixes adds more)")
         sources.extend(Source(f"{folder}/{name}", prefix + name) for name in found)
+    if twice := [path for path, count in Counter(os.path.abspath(s.path) for s in sources).items() if count > 1]:
+        raise InputError(f"{twice[0]}: is named twice among the inputs: its documents would be there twice")
     return sources
+
+
+def _is_own(name: str) -> bool:
+    """Whether a step has left this file beside its output, or while it was at work."""
+    return name.rsplit("/", 1)[-1] in OWN_FILES or TASKS in name.split("/")
 
 
 def _files_behind(url: str) -> list[str] | None:

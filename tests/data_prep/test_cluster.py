@@ -14,8 +14,9 @@ import pytest
 from data_prep import cluster
 from data_prep.commands import main
 from data_prep.create_hdf5_dataset import main as lmdata
-from data_prep.engine import JOBS, TASKS, LostTasks
+from data_prep.engine import JOBS, LostTasks
 from data_prep.errors import InputError
+from data_prep.manifest import TASKS
 from data_prep.sequences import SequenceWriter
 from data_prep.verification import verify
 from support.fake_slurm import install

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -234,6 +235,77 @@ def test_foreign_folders_are_safe(tmp_path: Path, tokenizer_file: Path) -> None:
     assert (tmp_path / "home/thesis.tex").exists()
 
 
+class Killed(BaseException):
+    """Stands for the process's end."""
+
+
+def die(*_: object) -> None:
+    raise Killed
+
+
+def test_inputs_are_safe(corpus: Path, tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--overwrite into the folder of the inputs, one around it, or the one that links to them lead to.
+
+    Planted: no `_spare_inputs` -> the inputs are deleted, fails.
+    """
+    monkeypatch.chdir(tmp_path)
+    tokenizer = ["--tokenizer", str(tokenizer_file)]
+    shutil.copytree(corpus, "work/corpus")
+    (tmp_path / "parquet").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"content": ["a", "b"]}), "parquet/a.parquet")
+    main(["parquet2jsonl", "parquet", "--out", "lines"])
+    main(["tokenize", "work/corpus", "--out", "rows", *tokenizer, "--max-seq-length", "32"])
+    main(["shuffle", "rows", "--out", "mixed", "--files", "3"])
+    main(["split", "mixed"])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for command, out in (
+        (["fim", "rows", "--rate", "0.5", *tokenizer], "rows"),
+        (["fim", "rows", "--rate", "0.5", *tokenizer], "../" + tmp_path.name),
+        (["subset", "rows", "--ranges", "0-0.5"], "rows"),
+        (["shuffle", "rows", "--files", "2"], "rows"),
+        (["shuffle", "mixed_part0of2", "--files", "2"], "mixed"),
+        (["tokenize", "lines", *tokenizer], "lines"),
+        (["partition", "lines", "--valid", "0.5"], "lines"),
+        (["parquet2jsonl", "parquet"], "parquet"),
+    ):
+        with pytest.raises(InputError, match="name another"):
+            main([*command, "--out", out, "--overwrite"])
+        assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}, command
+
+
+def test_out_below_the_inputs(corpus: Path, tmp_path: Path, tokenizer_file: Path) -> None:
+    """Tokenising may write there, and a relaunch does not take what a killed run has left for texts; where a relaunch
+    would read its own output, it is refused at once.
+
+    Planted: `.tasks` searched for texts -> the relaunch is refused as other settings, fails.
+    """
+    source = tmp_path / "in"
+    shutil.copytree(corpus, source)
+    tokenize = ["tokenize", str(source), "--out", str(source / "out"), "--tokenizer", str(tokenizer_file)]
+    main(tokenize)
+    whole = contents(source / "out")
+    shutil.rmtree(source / "out")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("data_prep.engine.write_manifest", die)
+        with pytest.raises(Killed):
+            main(tokenize)
+    assert list((source / "out/.tasks").glob("*.json"))
+    main(tokenize)
+    assert contents(source / "out") == whole
+    main(["shuffle", str(source / "out"), "--out", str(tmp_path / "mixed"), "--files", "1"])
+    (tmp_path / "lines").mkdir()
+    (tmp_path / "lines/a.jsonl").write_text("{}\n")
+    for command, given, option in (
+        ("shuffle", source / "out", "--files=1"),
+        ("partition", tmp_path / "lines", "--valid=0.5"),
+    ):
+        with pytest.raises(InputError, match="--out lies among the inputs"):
+            main([command, str(given), option, "--out", str(given / "x")])
+    file = next(source.rglob("*.parquet"))
+    with pytest.raises(InputError, match="is named twice among the inputs"):
+        main(["tokenize", str(source), str(file), "--out", str(tmp_path / "x"), "--tokenizer", str(tokenizer_file)])
+
+
 def test_split_and_inspect(
     corpus: Path, tmp_path: Path, tokenizer_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -296,10 +368,6 @@ def test_fim_of_the_reference_windows(tmp_path: Path, shared: Path) -> None:
     counts = json.loads((tmp_path / "fim/manifest.json").read_text())["counts"]
     assert 0.8 < counts["texts_transformed"] / counts["texts"] < 0.97
     assert counts["tokens_dropped"] < 10 * len(before)
-
-
-class Killed(BaseException):
-    """Stands for the process's end."""
 
 
 def test_an_overwrite_that_dies_leaves_nothing_to_trust(
