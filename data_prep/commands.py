@@ -97,7 +97,9 @@ def download(
 def parquet2jsonl(
     source: Annotated[Path, typer.Argument(help="Folder of <language>/*.parquet")],
     out: Out,
-    on_error: Annotated[OnError, typer.Option(help="At a damaged file: stop, or skip and list it")] = OnError.stop,
+    on_error: Annotated[
+        OnError, typer.Option(help="At a bad row or damaged file: stop, or skip and list it")
+    ] = OnError.stop,
     processes: Processes = 1,
     overwrite: Overwrite = False,
     engine: Engine = EngineKind.local,

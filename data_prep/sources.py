@@ -254,6 +254,11 @@ def _text_of(record: Any, key: str) -> tuple[str | None, str]:
         what = f"{key!r} is "
     else:
         value, what = record, "the record is "
+    if isinstance(value, bytes):  # in parquet: some writers store text so
+        try:
+            value = value.decode()
+        except UnicodeDecodeError:
+            return None, f"{key!r} is not UTF-8"
     if not isinstance(value, str):
         names = {type(None): "null", bool: "a boolean", dict: "an object", list: "a list"}
         return None, what + f"{names.get(type(value), 'a number')}, not text"
@@ -330,7 +335,7 @@ def _parquet_documents(path: str, faults: FaultPolicy, keys: Sequence[str], part
 
     with open_bytes(path) as stream:
         try:
-            file = pyarrow.parquet.ParquetFile(stream)
+            file = pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True)
             key = next((k for k in keys if k in file.schema_arrow.names), None)
             if key is None:
                 columns = ", ".join(file.schema_arrow.names)
