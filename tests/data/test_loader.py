@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from itertools import islice
 from pathlib import Path
 
@@ -49,6 +50,21 @@ def test_tensors_are_what_the_model_takes(settings: DataSettings) -> None:
     assert torch.equal(first["labels"][:, :-1], first["tokens"][:, 1:])
 
 
+@pytest.mark.parametrize("isolate", [False, True])
+def test_every_tensor_can_be_pinned(settings: DataSettings, isolate: bool) -> None:
+    """Pinning allocates as many bytes as sizes and strides span, lays the same strides over them and copies. Planted:
+    position_ids as one row of memory, expanded over the micro-batch: torch refuses the copy."""
+    rows, order = open_data(settings, seq_length=S, vocab_size=V)
+    stream = micro_batches(
+        rows, order, consumed_samples=0, micro_batch_size=4, dp_rank=0, dp_size=1, isolate_documents=isolate
+    )
+    for tensor in next(stream).values():
+        pinned = torch.empty(0, dtype=tensor.dtype).set_(
+            torch.UntypedStorage(tensor.untyped_storage().nbytes()), 0, tensor.size(), tensor.stride()
+        )
+        assert torch.equal(pinned.copy_(tensor), tensor)
+
+
 def test_workers_do_not_change_the_stream(settings: DataSettings) -> None:
     """0, 1 and 3 workers over more than an epoch, from amid one. Planted: batches taken as workers finish, fails."""
     expected = batches(settings, 30, consumed=40)
@@ -70,8 +86,10 @@ def test_a_damaged_row_is_one_line_from_workers_too(tmp_path: Path) -> None:
     data[2, 0, 5] = V
     path = write_h5(tmp_path / "x.h5", data)
     for workers in (0, 2):
-        with pytest.raises(InputError, match=r"^\S*x\.h5 row 2: token_ids holds 50[^\n]*$"):
+        with pytest.raises(InputError, match=r"^\S*x\.h5 row 2: token_ids holds 50[^\n]*$") as error:
             batches(DataSettings(paths=(path,), order="single"), 2, workers=workers)
+        assert error.tb is not None  # whose frames are alive: a process that ends with them must not wait for workers
+        assert not multiprocessing.active_children()
 
 
 def test_orders_are_chosen_by_name(settings: DataSettings, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def _run(config: TrainConfig, steps: int) -> list[float]:
     batch = {
         "tokens": tokens,
         "labels": tokens.roll(-1, 1),
-        "position_ids": torch.arange(size[1]).expand(size),
+        "position_ids": torch.arange(size[1]).repeat(size[0], 1),
         "loss_mask": torch.ones(size),
     }
     _forget_peak()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from itertools import count
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,12 +76,16 @@ def _read_ahead(
         num_workers=num_workers,
     )
     with helpers_outlive_sigterm():
-        workers = iter(loader)
+        workers: Any = iter(loader)
     try:
         yield from workers
     except InputError as error:
         # The loader wraps a worker's error in the worker's traceback; the one line is its end.
         raise InputError(str(error).rsplit("InputError: ", 1)[-1].strip()) from None
+    finally:
+        # Not left to its destructor: an error's traceback keeps the loader until the process ends, which then would
+        # send its workers the SIGTERM that they do not get, and wait for them.
+        workers._shutdown_workers()
 
 
 class _BatchDataset(Dataset[dict[str, torch.Tensor]]):
@@ -93,11 +98,12 @@ class _BatchDataset(Dataset[dict[str, torch.Tensor]]):
 
 def _collate(planes: np.ndarray) -> dict[str, torch.Tensor]:
     """The planes (b, 3, s) as the model takes them. numpy converts: torch would wake every thread for it."""
-    positions = np.arange(planes.shape[2], dtype=np.int64)
+    # Every tensor dense: torch refuses to pin one whose elements share memory, as those of an expanded one do.
+    positions = np.tile(np.arange(planes.shape[2], dtype=np.int64), (len(planes), 1))
     return {
         "tokens": torch.from_numpy(planes[:, 0].astype(np.int64)),
         "labels": torch.from_numpy(planes[:, 2].astype(np.int64)),
-        "position_ids": torch.from_numpy(positions).expand(len(planes), -1),  # one row of memory, seen b times
+        "position_ids": torch.from_numpy(positions),
         "loss_mask": torch.from_numpy(planes[:, 1].astype(np.float32)),
     }
 
