@@ -10,6 +10,8 @@ each row) and `path`, `document`, `start` (one entry per span, unsigned 32 bits)
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -63,6 +65,14 @@ class SpanTable(NamedTuple):
             renamed.append(spans)
         counts = np.concatenate([np.empty(0, int), *(table.counts for table in tables)])
         return cls(list(paths), counts, np.concatenate([np.empty((0, 3), np.uint32), *renamed]))
+
+    @property
+    def digest(self) -> str:
+        """A checksum over all of it."""
+        digest = hashlib.blake2b(json.dumps(self.paths).encode(), digest_size=8)
+        digest.update(self.counts.astype("<i8").tobytes())
+        digest.update(self.spans.astype("<u4").tobytes())
+        return digest.hexdigest()
 
     def take(self, rows: np.ndarray) -> SpanTable:
         """The table of the rows with these numbers, in this order."""
@@ -138,8 +148,8 @@ class ProvenanceWriter:
         self._tables.append(SpanTable([], table.counts, spans))
         self._num_rows += len(table.counts)
 
-    def save(self, file: h5py.File) -> None:
-        """Write the group."""
+    def save(self, file: h5py.File) -> SpanTable:
+        """Write the group; what it holds."""
         if self._waiting:
             self._convert()
         group = file.create_group(GROUP)
@@ -155,16 +165,24 @@ class ProvenanceWriter:
             # One chunk where it fits: a chunk that is never filled would still take its room.
             options = {**packed, "chunks": (min(len(column), 1 << 16),)} if len(column) else {}
             group.create_dataset(name, data=column, **options)
+        return SpanTable(list(self._paths), counts, spans)
 
 
 class ProvenanceReader:
-    """The spans of a file's rows; made by `read_provenance`."""
+    """The spans of a file's rows; made by `read_provenance`.
+
+    Raises:
+        ValueError, KeyError, OSError: they are damaged.
+    """
 
     def __init__(self, group: h5py.Group) -> None:
         row_ends = group["row_ends"][:].astype(int)
         spans = np.stack([group[name][:] for name in COLUMNS], axis=1)
         self.table = SpanTable([path.decode() for path in group["paths"][:]], np.diff(row_ends, prepend=0), spans)
         self._row_ends = row_ends
+        is_whole = len(spans) == (row_ends[-1] if len(row_ends) else 0)
+        if not is_whole or (len(spans) and spans[:, 0].max() >= len(self.table.paths)):
+            raise ValueError("its columns do not fit together")
 
     def __getitem__(self, row: int) -> list[Span]:
         begin = int(self._row_ends[row - 1]) if row else 0

@@ -48,6 +48,25 @@ def row_checksum(chunk: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(chunk, digest_size=8).digest(), "little")
 
 
+class Checksums:
+    """Of a file's rows, one after another: `checksum` whatever their order, and `order` for that."""
+
+    def __init__(self) -> None:
+        self._sum = 0
+        self._order = hashlib.blake2b(digest_size=8)
+
+    def add(self, chunk: bytes) -> None:
+        """The next row, deflated."""
+        number = row_checksum(chunk)
+        self._sum += number
+        self._order.update(number.to_bytes(8, "little"))
+
+    @property
+    def summary(self) -> dict[str, str]:
+        """As a manifest has them."""
+        return {"checksum": f"{self._sum % CHECKSUM_RANGE:016x}", "order": self._order.hexdigest()}
+
+
 class SequenceWriter:
     """Write one sequence file; it appears under its name only when it is complete.
 
@@ -65,7 +84,8 @@ class SequenceWriter:
         self.max_seq_length = max_seq_length
         self.num_rows = 0
         self._capacity = 0
-        self.checksum = 0
+        self._checksums = Checksums()
+        self._documents: str | None = None  # checksum of the provenance, where it is known
         self._provenance = ProvenanceWriter()
         self._partial = self.path.with_name(self.path.name + ".partial")
         try:
@@ -98,27 +118,28 @@ class SequenceWriter:
         if spans is not None:
             self._provenance.extend(spans)
         write_chunk = self._dataset.id.write_direct_chunk
-        total, number = self.checksum, self.num_rows
+        number = self.num_rows
         for chunk in chunks:
             if number == self._capacity:
                 self._capacity = max(1024, 2 * number)
                 self._dataset.resize(self._capacity, axis=0)
             write_chunk((number, 0, 0), chunk)
-            total += row_checksum(chunk)
+            self._checksums.add(chunk)
             number += 1
-        self.checksum, self.num_rows = total % CHECKSUM_RANGE, number
+        self.num_rows = number
 
     @property
     def summary(self) -> dict[str, object]:
-        """What a manifest records of the file: its rows and their checksum."""
-        return {"rows": self.num_rows, "checksum": f"{self.checksum:016x}"}
+        """What a manifest records of a closed file: its rows, their checksums and that of their documents."""
+        documents = {"documents": self._documents} if self._documents else {}
+        return {"rows": self.num_rows, **self._checksums.summary, **documents}
 
     def close(self) -> None:
         """Finish the file and give it its name."""
         self._dataset.resize(self.num_rows, axis=0)
         self._file.attrs["n_examples"] = self.num_rows
         if self.num_rows and self._provenance.num_rows == self.num_rows:
-            self._provenance.save(self._file)
+            self._documents = self._provenance.save(self._file).digest
         self._file.close()
         os.replace(self._partial, self.path)
 
@@ -263,7 +284,11 @@ class SequenceFile:
         self._open()
         if self._provenance is None:
             assert self._file is not None
-            self._provenance = (read_provenance(self._file),)
+            try:
+                self._provenance = (read_provenance(self._file),)
+            except (OSError, RuntimeError, KeyError, ValueError) as error:
+                reason = f"{self.path}: its provenance cannot be read ({_first_line(error)}): prepare the file again"
+                raise InputError(reason) from None
         return self._provenance[0]
 
     def rows(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:

@@ -2,8 +2,9 @@
 
 Of each row: ids in range, a loss mask of 0 and 1, labels that are the following tokens; where packing made it, no
 position without loss before one with it. Of a step's folder, against its manifest: the files and no others, their rows,
-a checksum over all rows that no lost, doubled or damaged row leaves as it was, the counts of rows and of padding; and
-for a shuffle, that it holds exactly the rows of its inputs, as far as they are still there.
+a checksum over all rows that no lost, doubled or damaged row leaves as it was, their order, the documents that
+they are said to come from, the counts of rows and of padding; and for a shuffle, that it holds exactly the rows of its
+inputs, as far as they are still there.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 
 from data_prep.errors import InputError
 from data_prep.manifest import finished_manifest
-from data_prep.sequences import CHECKSUM_RANGE, SequenceFile, row_checksum, sequence_files
+from data_prep.sequences import CHECKSUM_RANGE, Checksums, SequenceFile, row_checksum, sequence_files
 
 # A file with a systematic fault has it in every row: this many are listed.
 ROWS_LISTED = 20
@@ -82,20 +83,26 @@ def _is_packed(manifest: dict[str, Any]) -> bool:
 
 
 def _verify_file(path: Path, vocab_size: int | None, *, is_packed: bool) -> tuple[dict[str, Any], list[str]]:
-    faults, checksum, padding = [], 0, 0
+    faults, checksums, padding = [], Checksums(), 0
     with SequenceFile(path) as file:
         with h5py.File(path) as plain:
             stated = plain.attrs.get("n_examples")
         if stated != len(file):
             faults.append(f"{path}: n_examples is {stated}, there are {len(file)} rows")
         for number, (row, chunk) in enumerate(file.rows_and_chunks()):
-            checksum = (checksum + row_checksum(chunk)) % CHECKSUM_RANGE
+            checksums.add(chunk)
             padding += int(np.count_nonzero(row[1] == 0))
             for fault in faults_of(row, vocab_size, is_packed=is_packed):
                 faults.append(f"{path}: row {number}: {fault}")
         if len(faults) > ROWS_LISTED:
             faults = [*faults[:ROWS_LISTED], f"{path}: and {len(faults) - ROWS_LISTED} more"]
-        return {"rows": len(file), "checksum": f"{checksum:016x}", "padding": padding}, faults
+        found = {"rows": len(file), **checksums.summary, "padding": padding}
+        try:
+            table = file.span_table()
+            found["documents"] = table.digest if table else None
+        except InputError as error:
+            faults.append(str(error))
+        return found, faults
 
 
 def _against_manifest(path: Path, manifest: dict[str, Any], found: dict[str, dict[str, Any]]) -> list[str]:
@@ -110,6 +117,14 @@ def _against_manifest(path: Path, manifest: dict[str, Any], found: dict[str, dic
             for key, what in (("rows", "rows"), ("checksum", "a checksum of the rows of")):
                 if stated[name][key] != found[name][key]:
                     faults.append(f"{path / name}: has {what} {found[name][key]}, not {stated[name][key]} as stated")
+            # Manifests of earlier versions lack these two.
+            is_same = stated[name]["checksum"] == found[name]["checksum"]
+            if is_same and stated[name].get("order", found[name]["order"]) != found[name]["order"]:
+                faults.append(f"{path / name}: its rows have changed places")
+            if "documents" in stated[name] and stated[name]["documents"] != found[name].get("documents"):
+                faults.append(
+                    f"{path / name}: names other documents as the sources of its rows than when it was written"
+                )
     for name, key in (("sequences", "rows"), ("padding", "padding")):
         total = sum(file[key] for file in found.values())
         if stated.keys() == found.keys() and manifest["counts"].get(name, total) != total:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from data_prep.commands import main
+from data_prep.errors import InputError
 from data_prep.sequences import SequenceFile, SequenceWriter
 from data_prep.shuffle import shuffle
 from data_prep.verification import faults_of, verify
@@ -168,6 +169,56 @@ def test_rows_in_the_wrong_file(folder: Path) -> None:
     rewrite(second, lambda rows: np.concatenate([one[:1], rows[1:]]))
     faults = verify(folder)
     assert ["data-00000.h5: has a checksum" in faults[0], "data-00001.h5: has a checksum" in faults[1]] == [True, True]
+
+
+def change_places(file: h5py.File) -> None:
+    one, other = (file["data"].id.read_direct_chunk((row, 0, 0))[1] for row in (1, 2))
+    file["data"].id.write_direct_chunk((2, 0, 0), one)
+    file["data"].id.write_direct_chunk((1, 0, 0), other)
+
+
+def another_document(file: h5py.File) -> None:
+    file["provenance/document"][3] += 1
+
+
+def another_path(file: h5py.File) -> None:
+    file["provenance/paths"][0] = b"elsewhere"
+
+
+def no_paths(file: h5py.File) -> None:
+    del file["provenance/paths"]
+
+
+def fewer_spans(file: h5py.File) -> None:
+    file["provenance/row_ends"][-1] -= 1
+
+
+def no_provenance(file: h5py.File) -> None:
+    del file["provenance"]
+
+
+@pytest.mark.parametrize("step", ["tok", "fim/epoch_0"])
+@pytest.mark.parametrize(
+    ("change", "messages"),
+    [
+        (change_places, ["its rows have changed places"]),
+        (another_document, ["names other documents"]),
+        (another_path, ["names other documents"]),
+        (no_provenance, ["names other documents"]),
+        (no_paths, ["its provenance cannot be read", "names other documents"]),
+        (fewer_spans, ["its provenance cannot be read", "names other documents"]),
+    ],
+)
+def test_order_and_provenance(prepared: Path, step: str, change: Callable, messages: list[str]) -> None:
+    """What leaves every row as it was. Planted: `order` and `documents` not compared -> nothing wrong, fails."""
+    path = prepared / step / "examples_0_0.h5"
+    with h5py.File(path, "a") as file:
+        change(file)
+    for fault, message in zip(verify(prepared / step.split("/")[0]), messages, strict=True):
+        assert f"examples_0_0.h5: {message}" in fault
+    if "cannot be read" in messages[0]:
+        with pytest.raises(InputError, match="its provenance cannot be read"):
+            main(["locate", str(path), "0"])
 
 
 def test_rows_of_conversations_are_well_formed() -> None:
