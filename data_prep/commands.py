@@ -120,7 +120,7 @@ def partition(
     inputs: Annotated[list[str], typer.Argument(help="Files or folders of jsonl, jsonl.gz, jsonl.zst")],
     out: Out,
     key: Annotated[str | None, typer.Option(help="Sort by the value of this key: meta.redpajama_set_name")] = None,
-    valid: Annotated[float, typer.Option(help="Share of the documents to hold out, in OUT/valid")] = 0.0,
+    valid: Annotated[float, typer.Option(min=0, max=1, help="Share of the documents to hold out, in OUT/valid")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the choice")] = 0,
     on_error: Annotated[OnError, typer.Option(help="At a bad record: stop, or skip and list it")] = OnError.stop,
     processes: Processes = 1,
@@ -142,13 +142,19 @@ def tokenize(
     inputs: Annotated[list[str], typer.Argument(help="Files, folders or URLs: parquet, jsonl, jsonl.zst, json, txt")],
     out: Out,
     tokenizer: TokenizerFile,
-    max_seq_length: Annotated[int, typer.Option(help="Positions of a sequence")] = 2048,
+    max_seq_length: Annotated[int, typer.Option(min=2, help="Positions of a sequence")] = 2048,
     text_key: Annotated[str | None, typer.Option(help="Key of the text [text; parquet: also content]")] = None,
     text_suffixes: Annotated[str, typer.Option(help="Files that are one document each: .py,.js")] = "",
-    fim_rate: Annotated[float, typer.Option(help="Share of documents to transform with FIM before packing")] = 0.0,
-    fim_spm_rate: Annotated[float, typer.Option(help="Share of these in the order suffix-prefix-middle")] = 0.5,
+    fim_rate: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of documents to transform with FIM before packing")
+    ] = 0.0,
+    fim_spm_rate: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of these in the order suffix-prefix-middle")
+    ] = 0.5,
     fim_level: Annotated[CutLevel, typer.Option(help="Cut between characters or tokens")] = CutLevel.char,
-    epochs: Annotated[int, typer.Option(help="Write the corpus so often, to OUT/epoch_<e>, with other FIM cuts")] = 0,
+    epochs: Annotated[
+        int, typer.Option(min=0, help="Write the corpus so often, to OUT/epoch_<e>, with other FIM cuts")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the FIM cuts")] = 0,
     ftfy: Annotated[
         bool, typer.Option("--ftfy", help="Repair texts with ftfy first (for prose; it changes code)")
@@ -157,13 +163,14 @@ def tokenize(
     wikitext_detokenize: Annotated[
         bool, typer.Option("--wikitext-detokenize", help="Undo the spaces that WikiText puts around marks")
     ] = False,
-    min_sequence_len: Annotated[int, typer.Option(help="Leave a shard's end out if it has fewer tokens")] = 2,
+    min_sequence_len: Annotated[int, typer.Option(min=0, help="Leave a shard's end out if it has fewer tokens")] = 2,
     pad_id: Annotated[int | None, typer.Option(help="Fills the last sequence of a shard [</s>]")] = None,
     output_name: Annotated[str, typer.Option(help="What the names of the files begin with")] = "examples",
     on_error: Annotated[OnError, typer.Option(help="At a bad record: stop, or skip and list it")] = OnError.stop,
-    rows_per_file: Annotated[int, typer.Option(help="Sequences of an HDF5 file at most")] = 50_000,
+    rows_per_file: Annotated[int, typer.Option(min=1, help="Sequences of an HDF5 file at most")] = 50_000,
     shard_mb: Annotated[
-        int | None, typer.Option(help="Input files are packed together up to about this size [1 to 16, by the corpus]")
+        int | None,
+        typer.Option(min=0, help="Input files are packed together up to about this size [1 to 16, by the corpus]"),
     ] = None,
     processes: Processes = 1,
     overwrite: Overwrite = False,
@@ -199,9 +206,11 @@ def fim(
     source: Annotated[Path, typer.Argument(help="Folder of packed sequences, *.h5")],
     out: Out,
     tokenizer: TokenizerFile,
-    rate: Annotated[float, typer.Option(help="Share of texts to transform")],
-    spm_rate: Annotated[float, typer.Option(help="Share of these in the order suffix-prefix-middle")] = 0.5,
-    epochs: Annotated[int, typer.Option(help="Transform the data so often, each time with other cuts")] = 1,
+    rate: Annotated[float, typer.Option(min=0, max=1, help="Share of texts to transform")],
+    spm_rate: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of these in the order suffix-prefix-middle")
+    ] = 0.5,
+    epochs: Annotated[int, typer.Option(min=1, help="Transform the data so often, each time with other cuts")] = 1,
     level: Annotated[CutLevel, typer.Option(help="Cut between characters or tokens")] = CutLevel.char,
     seed: Annotated[int, typer.Option(help="Seed of the cuts")] = 0,
     reference_compat: Annotated[
@@ -234,7 +243,7 @@ def fim(
 def shuffle(
     inputs: Annotated[list[Path], typer.Argument(help="Folders or files of sequences; folders with all below them")],
     out: Out,
-    files: Annotated[int, typer.Option(help="How many files to write: OUT/data-00000.h5 …")],
+    files: Annotated[int, typer.Option(min=1, help="How many files to write: OUT/data-00000.h5 …")],
     seed: Annotated[int, typer.Option(help="Seed of the order")] = 0,
     processes: Processes = 1,
     overwrite: Overwrite = False,
@@ -313,6 +322,8 @@ def inspect(
     from data_prep.inspection import show
     from data_prep.tokenizer import load_tokenizer
 
+    if sample and not tokenizer:
+        raise InputError(f"--sample {sample[0]}: name the --tokenizer to decode it with")
     loaded = load_tokenizer(tokenizer) if tokenizer else None
     show(path, loaded, samples=sample or [0], console=Console(highlight=False))
 
@@ -320,7 +331,7 @@ def inspect(
 @app.command()
 def verify(
     path: Annotated[Path, typer.Argument(help="A folder that a step wrote, or any sequences")],
-    vocab_size: Annotated[int | None, typer.Option(help="Ids must be below this")] = None,
+    vocab_size: Annotated[int | None, typer.Option(min=1, help="Ids must be below this")] = None,
 ) -> None:
     """Prove the sequences: layout, labels, loss mask, ids, and files, counts and checksums against the manifest."""
     from data_prep.verification import verify as find_faults
@@ -337,7 +348,7 @@ def verify(
 def locate(
     path: Annotated[Path, typer.Argument(help="A sequence file, or a folder (its files in order)")],
     row: Annotated[int, typer.Argument(help="Number of the sequence, from 0")],
-    characters: Annotated[int, typer.Option(help="How much of each document to print; 0 for none")] = 300,
+    characters: Annotated[int, typer.Option(min=0, help="How much of each document to print; 0 for none")] = 300,
 ) -> None:
     """Print the source documents of one sequence."""
     from data_prep.inspection import locate as locate_row

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from data_prep.cleaning import Cleaning, normal_form
-from data_prep.engine import run_on, stay_one_thread
+from data_prep.engine import check_output_name, run_on, stay_one_thread
 from data_prep.errors import InputError, exit_on_bad_input
 from data_prep.sources import DATA_SUFFIXES, REFERENCE_SUFFIXES
 
@@ -135,16 +135,20 @@ def _read_config(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: is not YAML ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds no sections: setup, processing and dataset are expected")
     values = {}
-    for section, entries in (content or {}).items():
+    for section, entries in content.items():
         known = {name for name, option in OPTIONS.items() if option.section == section}
         if not known:
             raise InputError(f"{path}: section {section!r} is not known: setup, processing and dataset are")
+        if not isinstance(entries or {}, dict):
+            raise InputError(f"{path}: section {section!r} is {entries!r}: options and their values are expected")
         for name, value in (entries or {}).items():
             name = "remove_bos_in_chunks" if name == "ignore_bos_in_split_text" else name
             if name not in known:
@@ -176,6 +180,9 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("chunk_len_to_split", "max_seq_length", "files_per_record"):
         if values[name] < 1:
             raise InputError(f"--{name} {values[name]}: at least 1 is needed")
+    check_output_name("--output_name", values["output_name"])
+    if not 0 <= values["short_seq_prob"] <= 1:
+        raise InputError(f"--short_seq_prob {values['short_seq_prob']}: is a probability, from 0 to 1")
     values["processes"] = values["processes"] or os.cpu_count()  # 0: all
     inputs = _inputs(values, reference_compat=compat)
     cleaning = Cleaning(
@@ -212,9 +219,11 @@ def _inputs(values: dict[str, Any], *, reference_compat: bool) -> list[str]:
     files = []
     for listing in values["metadata_files"].split(","):
         try:
-            files += [line.strip() for line in Path(listing).read_text().splitlines() if line.strip()]
+            files += [line.strip() for line in Path(listing).read_text(encoding="utf-8").splitlines() if line.strip()]
         except OSError as error:
             raise InputError(f"{listing}: cannot be read ({error.strerror})") from None
+        except UnicodeDecodeError as error:
+            raise InputError(f"{listing}: byte {error.start}: is not UTF-8: list one path on each line") from None
     known = REFERENCE_SUFFIXES if reference_compat else DATA_SUFFIXES
     if unknown := [path for path in files if not path.endswith(known)]:
         raise InputError(f"{unknown[0]}: is no {', '.join(known)} file: take it off the list")

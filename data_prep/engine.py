@@ -196,6 +196,12 @@ def refuse_out_among(inputs: Sequence[str | Path], out: Path) -> None:
             raise InputError(f"{out}: --out lies among the inputs: name another folder")
 
 
+def check_output_name(option: str, name: str) -> None:
+    """Refuse what would put a step's files elsewhere than into --out."""
+    if not name or "/" in name:
+        raise InputError(f"{option} {name!r}: what the files' names begin with, without a folder: --out names that")
+
+
 def _claim(out: Path, fingerprint: str, *, skips: bool, overwrite: bool) -> None:
     """Make `out` ours: empty, or half-done by the same step with the same settings."""
     mark = out / TASKS / "settings.json"

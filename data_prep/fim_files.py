@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -69,8 +70,12 @@ def fim_files(
     """
     if epochs < 1:
         raise InputError(f"--epochs {epochs}: at least 1 is needed")
+    if reference_groups is not None:
+        _check_reference(settings, reference_groups)
     tokenizer = load_tokenizer_once(str(tokenizer_path))
     files = [(path, source.folder) for source in sources for path in source.files()]
+    if twice := [place for place, count in Counter((folder, path.name) for path, folder in files).items() if count > 1]:
+        raise InputError(f"{twice[0][0].format('*')}/{twice[0][1]}: would be written twice: name each input once")
     tasks = []
     for number, (path, folder) in enumerate(files):
         targets = tuple(str(out / folder.format(epoch) / path.name) for epoch in range(epochs))
@@ -95,6 +100,17 @@ def fim_files(
     }
     work = fim_file if reference_groups is None else fim_file_like_reference
     return run_step("fim", out, tasks, work, settings=identity, processes=processes, overwrite=overwrite)
+
+
+def _check_reference(settings: FimSettings, groups: int) -> None:
+    if groups < 0:
+        raise InputError(f"--reference-processes {groups}: at least 1 is needed")
+    if settings.level != "char":
+        raise InputError(
+            f"--level {settings.level}: the reference cuts between characters: not with --reference-compat"
+        )
+    if not 0 <= settings.seed < 1 << 31:
+        raise InputError(f"--seed {settings.seed}: with --reference-compat from 0 to {(1 << 31) - 1}")
 
 
 def fim_file(task: FimTask) -> Record:

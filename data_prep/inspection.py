@@ -111,6 +111,11 @@ def show(path: Path, tokenizer: Tokenizer | None, *, samples: list[int], console
     Raises:
         InputError: nothing there, or a sample that is not there.
     """
+    if tokenizer:  # before all is read
+        file = SequenceFile(sequence_files(path, recursive=True)[0])
+        for number in samples:
+            if not 0 <= number < len(file):
+                raise InputError(f"{file.path}: --sample {number}: it has sequences 0 to {len(file) - 1}")
     found = statistics(path)
     table = Table(show_header=False, box=None)
     lengths = ", ".join(f"{length} ({count} sequences)" for length, count in sorted(found.lengths.items()))
@@ -132,10 +137,7 @@ def show(path: Path, tokenizer: Tokenizer | None, *, samples: list[int], console
             table.add_row(f"  {name}", str(count))
     console.print(table)
     if tokenizer:
-        file = SequenceFile(sequence_files(path, recursive=True)[0])
         for number in samples:
-            if not 0 <= number < len(file):
-                raise InputError(f"{file.path}: --sample {number}: it has sequences 0 to {len(file) - 1}")
             console.rule(f"{file.path} sequence {number}")
             console.print(coloured(file[number], tokenizer))
     return found

@@ -247,7 +247,7 @@ def _text_of(record: Any, key: str) -> tuple[str | None, str]:
     """The text of a record, or why it has none."""
     if isinstance(record, dict):
         if key not in record:
-            return None, f"has no key {key!r} (--text-key names another)"
+            return None, f"has no key {key!r} (--text-key or --jsonl_key names another)"
         value = record[key]
         if isinstance(value, list) and all(isinstance(part, str) for part in value):
             value = "\n\n".join(value)

@@ -26,6 +26,8 @@ def split_by_parity(folder: Path) -> tuple[Path, Path]:
         InputError: no sequence files, or a half that is in the way.
     """
     folder = Path(os.path.abspath(folder))
+    if folder.is_file():
+        raise InputError(f"{folder}: is a file: name the folder of the files to split")
     files = sequence_files(folder)
     matches = [NUMBERED.match(path.name) for path in files]
     numbers = [int(match[1]) for match in matches if match]

@@ -19,7 +19,7 @@ import numpy as np
 
 from data_prep.cleaning import Cleaning
 from data_prep.division import divide
-from data_prep.engine import Task, run_step
+from data_prep.engine import Task, check_output_name, run_step
 from data_prep.errors import InputError
 from data_prep.fim import Draws, FimSettings, fim_document
 from data_prep.manifest import Record, input_identity, record
@@ -71,6 +71,7 @@ class TokenizeOptions:
             raise InputError(f"--max-seq-length {self.max_seq_length}: at least 2 is needed")
         if self.rows_per_file < 1:
             raise InputError(f"--rows-per-file {self.rows_per_file}: at least 1 is needed")
+        check_output_name("--output-name", self.output_name)
 
 
 @dataclass(frozen=True)

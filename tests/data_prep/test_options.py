@@ -6,6 +6,7 @@ The tables are complete: an option that is added without a line here fails the t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import pytest
 import typer
 import yaml
 
-from data_prep import commands
+from data_prep import commands, fim_hdf5_stage2, fim_hdf5_stage3
 from data_prep.create_hdf5_dataset import OPTIONS
 from data_prep.create_hdf5_dataset import main as lmdata
 from data_prep.errors import InputError
@@ -305,3 +306,83 @@ def test_tokenize(lmdata_place: Path, name: str) -> None:
     if name == "engine_option":
         with pytest.raises(InputError, match="--engine-option"):
             run_tokenize("--engine-option", "a=b")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("tokenize in --out out --tokenizer {} --epochs -1", "--epochs"),
+        ("tokenize in --out out --tokenizer {} --fim-spm-rate 7", "--fim-spm-rate"),
+        ("tokenize in --out out --tokenizer {} --shard-mb -3", "--shard-mb"),
+        ("tokenize in --out out --tokenizer {} --min-sequence-len -3", "--min-sequence-len"),
+        ("tokenize in --out out --tokenizer {} --output-name ../a", "--output-name '../a'"),
+        ("tokenize in --out out --tokenizer {} --output-name=", "--output-name ''"),
+        (
+            "fim rows --out out --tokenizer {} --rate 0.5 --reference-compat --level token",
+            "--level token: the reference",
+        ),
+        ("fim rows --out out --tokenizer {} --rate 0.5 --reference-compat --seed -1", "--seed -1: with --reference"),
+        ("verify rows --vocab-size 0", "--vocab-size"),
+        ("locate rows 0 --characters -5", "--characters"),
+        ("inspect rows --sample 3", "--sample 3: name the --tokenizer"),
+        ("split rows/examples_0_0.h5", "is a file"),
+        ("build recipe.yaml", r"steps\[1\] \(shuffle\): Invalid value for '--files'"),
+    ],
+)
+def test_out_of_range(
+    place: Path, tokenizer_file: Path, capsys: pytest.CaptureFixture[str], command: str, message: str
+) -> None:
+    """Planted: no limit for --shard-mb -> parts without end; for the others -> accepted, or not used: fails."""
+    commands.main(["tokenize", "in", "--out", "rows", "--tokenizer", str(tokenizer_file), "--max-seq-length", "16"])
+    recipe = {
+        "steps": [
+            {"run": "tokenize", "in": "in", "out": "a", "options": {"tokenizer": str(tokenizer_file)}},
+            {"run": "shuffle", "in": "a", "out": "b", "options": {"files": 0}},
+        ]
+    }
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    before = sorted(place.rglob("*"))
+    capsys.readouterr()
+    with pytest.raises((InputError, SystemExit)) as stop:
+        commands.main(command.format(tokenizer_file).split())
+    told = str(stop.value) if isinstance(stop.value, InputError) else capsys.readouterr().err
+    assert re.search(message, told), told
+    assert sorted(place.rglob("*")) == before  # nothing is begun
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "message"),
+    [
+        (b"setup: [1]", "", r"section 'setup' is \[1\]"),
+        (b"[1]", "", "holds no sections"),
+        (b"\xff\xfe\xff", "", "is not YAML"),
+        (b"", "--metadata_files config.yaml", "config.yaml: lists no files"),
+        (b"# \xff", "--metadata_files binary.meta --input_dir in", "binary.meta: byte 0: is not UTF-8"),
+        (b"", "--short_seq_prob 2 --reference-compat --eos_id 2", "is a probability"),
+        (b"", "--output_name a/b", "--output_name 'a/b'"),
+    ],
+)
+def test_the_reference_door_is_told(place: Path, tokenizer_file: Path, config: bytes, flags: str, message: str) -> None:
+    """Planted: a section that is no mapping, or bytes that are not UTF-8, read as they are -> a traceback, fails."""
+    Path("config.yaml").write_bytes(config if config[:1] != b"#" else b"")
+    Path("binary.meta").write_bytes(b"\xff\n")
+    command = ["LMData", "--params", "config.yaml", "--encoder_file", str(tokenizer_file), "--output_dir", "out"]
+    with pytest.raises(InputError, match=message):
+        lmdata([*command, "--input_dir", "in", *flags.split()])
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "message"),
+    [
+        (fim_hdf5_stage2, "--reference-compat --reference-processes -3", "--reference-processes -3: at least 1"),
+        (fim_hdf5_stage2, "--files examples_0_0.h5,examples_0_0.h5", "would be written twice"),
+        (fim_hdf5_stage3, "--languages .,.", "would be written twice"),
+    ],
+)
+def test_the_fim_doors_are_told(place: Path, tokenizer_file: Path, stage: Any, flags: str, message: str) -> None:
+    """Planted: not looked for -> division by zero; two tasks that write the same file: fails."""
+    commands.main(["tokenize", "in", "--out", "rows", "--tokenizer", str(tokenizer_file), "--max-seq-length", "16"])
+    with pytest.raises(InputError, match=message):
+        stage.main(["--input_dir", "rows", "--output_dir", "out", "--tokenizer", str(tokenizer_file), *flags.split()])
+    assert not (place / "out").exists()
