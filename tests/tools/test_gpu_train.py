@@ -13,6 +13,7 @@ import torch
 from data_prep.errors import InputError
 from tools.bench import gpu_train
 from tools.bench.breakdown import PARTS, attribute
+from tools.bench.kernel_checks import Check
 
 # Kernels of torch's attention that a CPU has not.
 CUDA_ALONE = {f"attention, {name}, forward and backward" for name in ("cudnn", "efficient")}
@@ -63,27 +64,73 @@ def test_a_wrong_kernel_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_breaks_is_told_beside_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel that does not run at all, a precision that this device has not, and a step that breaks."""
-    from tools.bench import kernel_checks
+    """A kernel that does not run at all, operands that cannot be made, a precision that this device has not, and a step
+    that breaks, each with another kind of error. Planted: errors caught by kind, each loses the rest."""
+    from tools.bench import kernel_checks, kernel_times
 
     def broken(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("no such kernel\nand more")
+        raise NotImplementedError("no such | kernel\nand more")
+
+    def unmade(*_: Any) -> Any:
+        raise AssertionError
 
     def measure(result: Any, *_: Any) -> None:
         if result.precision == "fp8":
             raise InputError("no fp8 here")
-        broken()
+        raise KeyError(7)
 
     monkeypatch.setattr(kernel_checks, "add_norm", broken)
+    monkeypatch.setattr(kernel_times.Fp8Products, "gradient_operand", unmade)
     monkeypatch.setattr(gpu_train, "measure", measure)
-    record = tmp_path / "gpu.json"
+    record, document = tmp_path / "gpu.json", tmp_path / "table.md"
     with pytest.raises(SystemExit) as end:
-        gpu_train.main(f"--device cpu --shapes tiny --budget 60 --out {tmp_path / 'table.md'} --json {record}".split())
+        gpu_train.main(f"--device cpu --shapes tiny --budget 60 --out {document} --json {record}".split())
     assert end.value.code == 1
     found = json.loads(record.read_text())
-    assert [each["failure"] for each in found["measurements"]] == ["no such kernel", "no fp8 here"]
-    assert {each["failure"] for each in found["checks"] if each["name"] == "residual + norm"} == {"no such kernel"}
-    assert sum(each["passed"] for each in found["checks"]) == len(found["checks"]) - 2
+    assert [each["failure"] for each in found["measurements"]] == ["KeyError: 7", "no fp8 here"]
+    failures = {each["name"]: each["failure"] for each in found["checks"] if each["failure"]}
+    told = "NotImplementedError: no such / kernel and more"
+    assert failures == {"residual + norm": told, "linear, fp8": "AssertionError:"}
+    assert sum(each["passed"] for each in found["checks"]) == len(found["checks"]) - 3
+    failures = {each["name"]: each["failure"] for each in found["kernels"] if each["name"] not in CUDA_ALONE}
+    assert {name for name, failure in failures.items() if failure} == {
+        "its input's gradient, fp8",
+        "its weight's, fp8, added in fp32",
+    }
+    assert "| KeyError: 7 |" in document.read_text()
+
+
+def test_what_was_found_is_written_when_it_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that breaks off is told, and the next one comes; a run that is killed leaves what it had.
+
+    Planted: everything written at the end, fails.
+    """
+
+    def checks(*_: Any, **__: Any) -> Any:
+        yield Check("one", "float32", 0.0, 1.0)
+        raise ValueError("no memory for the second")
+
+    def measure(result: Any, *_: Any) -> None:
+        if result.precision == "fp8":
+            raise KeyboardInterrupt
+        result.tokens_per_second, result.step_seconds = 1234.0, 1.0  # and no profile
+
+    monkeypatch.setattr(gpu_train, "run_checks", checks)
+    monkeypatch.setattr(gpu_train, "time_kernels", lambda *_, **__: [])
+    monkeypatch.setattr(gpu_train, "measure", measure)
+    record, document = tmp_path / "gpu.json", tmp_path / "table.md"
+    with pytest.raises(KeyboardInterrupt):
+        gpu_train.main(f"--device cpu --shapes tiny --budget 60 --out {document} --json {record}".split())
+    found = json.loads(record.read_text())
+    assert found["broken"] == ["kernel checks: ValueError: no memory for the second"]
+    assert [each["name"] for each in found["checks"]] == ["one"]
+    assert [each["tokens_per_second"] for each in found["measurements"]] == [1234.0, None]
+    assert [each["failure"] for each in found["measurements"]] == ["", "no time left"]
+    text = document.read_text()
+    assert "1 of 1 kernel checks against fp64 pass. Broken off: kernel checks: ValueError" in text
+    header, _, *rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert "1,234" in rows[0]
+    assert all(row.count("|") == header.count("|") for row in rows)
 
 
 def test_backward_time_belongs_to_the_part_of_its_forward() -> None:
@@ -112,18 +159,41 @@ def test_settings_follow_the_memory() -> None:
     assert config.model.ffn_hidden_size == 11008
     chosen = {}
     for gib in (1000, 140, 100, 20):
-        fitting = gpu_train._fitting(config, gib << 30)
+        fitting, *tighter = gpu_train._fitting(config, gib << 30)
         states, offload = fitting.optimizer.states, fitting.speed.offload
         chosen[gib] = (fitting.micro_batch_size, fitting.parallel.recompute, states, offload)
+        predicted = [gpu_train.predicted_memory(each) for each in (fitting, *tighter)]
+        assert gib == 20 or predicted[0] < 0.95 * (gib << 30)
+        assert tighter or gib == 20
+        assert predicted[-1] == min(predicted)
     assert chosen[1000] == (8, "none", "fp32", False)
     assert chosen[140] == (2, "none", "fp32", False)
     assert chosen[100] == (1, "none", "bf16", False)
     assert chosen[20] == gpu_train.LADDER[-1]
-    long = gpu_train._fitting(gpu_train._config("full", "bf16", 32768), 140 << 30)
+    long = gpu_train._fitting(gpu_train._config("full", "bf16", 32768), 140 << 30)[0]
     assert (long.global_batch_size, long.micro_batch_size, long.parallel.recompute) == (1, 1, "full")
     assert long.model.max_sequence_length == 32768
     for shape, layers in (("1", 1), ("8", 8)):
         assert gpu_train._config(shape, "fp8", None).model.num_layers == layers
+
+
+def test_what_does_not_fit_in_fact_is_tried_in_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: the first out of memory taken for the shape's result, fails."""
+    tried: list[int] = []
+
+    def measure(result: Any, config: Any, *_: Any) -> None:
+        tried.append(config.micro_batch_size)
+        if config.micro_batch_size > 2:
+            raise torch.OutOfMemoryError
+        result.tokens_per_second = 1.0
+
+    monkeypatch.setattr(gpu_train, "measure", measure)
+    configs = gpu_train._fitting(gpu_train._config("8", "bf16", None), None)
+    for deadline, expected, failure in ((float("inf"), [8, 4, 2], ""), (0.0, [8], "out of memory")):
+        tried.clear()
+        result = gpu_train.Measurement("8", "bf16")
+        gpu_train.measure_first_that_fits(result, configs, 0.0, deadline)
+        assert (tried, result.failure) == (expected, failure)
 
 
 @pytest.mark.parametrize(

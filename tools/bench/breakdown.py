@@ -23,7 +23,8 @@ _TRAINERS = {"gradient norm": "optimizer", "optimizer": "optimizer"}
 def breakdown(step: Callable[[], object], model: Any, *, seconds: float) -> dict[str, float]:
     """Seconds of each of PARTS in one call of `step`, and "idle", what is left of `seconds`, its time unprofiled.
 
-    attention and MLP include their linear layers. On a GPU the time is the kernels', on a CPU the operations' own.
+    attention and MLP include their linear layers. On a GPU the time is the kernels', and nothing is returned where the
+    profiler may not see them; on a CPU the operations' own.
     model: a CrystalCoderGPT, wrapped or not.
     """
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
@@ -31,7 +32,10 @@ def breakdown(step: Callable[[], object], model: Any, *, seconds: float) -> dict
         step()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-    found = attribute(profiler.events())
+    events: Any = profiler.events()
+    if torch.cuda.is_available() and not any(event.kernels for event in events):
+        return {}
+    found = attribute(events)
     return {**found, "idle": max(0.0, seconds - sum(found.values()))}
 
 

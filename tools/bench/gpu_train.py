@@ -4,8 +4,9 @@
 
 Everything measured is the trainer's own step (`build`, `start_step`, each read while the next one runs) on the 7B model
 of params/phase1 cut to so many layers. Sequences are random tokens and weights are random: neither changes the speed.
-On a machine without a GPU, `--device cpu --shapes tiny` goes through the same code. The exit code is 1 if a kernel is
-wrong or a measurement broke.
+On a machine without a GPU, `--device cpu --shapes tiny` goes through the same code. The record and the document are
+written after each part; one that breaks says why in its row, and what does not fit the GPU is tried in less memory. The
+exit code is 1 if a kernel is wrong or a measurement broke.
 
 A GPU machine without network that has Python 3.12 and torch with CUDA and Triton: fetch the wheels elsewhere,
 
@@ -34,8 +35,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
@@ -54,7 +55,7 @@ from megatron.crystalcoder.training.plan import flops_per_token
 from tools.bench.breakdown import PARTS, breakdown
 from tools.bench.kernel_checks import SMALL, Check, Sizes, run_checks
 from tools.bench.kernel_times import Timing, time_kernels
-from tools.bench.report import DOCUMENT, Table, machine
+from tools.bench.report import DOCUMENT, Table, machine, one_line
 from tools.bench.synthetic import TiledWeights, random_rows
 
 if TYPE_CHECKING:
@@ -153,37 +154,76 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise InputError(f"--budget {options.budget:g}: must be above 0")
         if options.seq_length is not None and options.seq_length < 1:
             raise InputError(f"--seq-length {options.seq_length}: must be at least 1")
-        deadline = time.monotonic() + options.budget
+        began = time.monotonic()
         # Else the gaps between blocks of many sizes take memory that the full model needs.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         platform.initialize()
 
-        checks = [] if options.skip_checks else check_kernels(shapes)
-        timings = [] if options.skip_checks else list(time_kernels(platform.device(), _sizes(shapes)))
-        measured = measure_all(shapes, precisions, options.seq_length, deadline)
         command = " ".join(["python -m tools.bench.gpu_train", *given])
+        found = Found(command, _sizes(shapes), options.out, options.json)
+        if not options.skip_checks:
+            with found.stage("kernel checks"):
+                check_kernels(found)
+            with found.stage("kernel times"):
+                # Half of the time is for the steps, however long the compiler takes for the pieces.
+                found.timings += time_kernels(platform.device(), found.sizes, until=began + options.budget / 2)
+        with found.stage("steps"):
+            measure_all(found, shapes, precisions, options.seq_length, began + options.budget)
+        for result in found.tables():
+            print(result.markdown(), flush=True)
+        platform.shutdown()
+        left_out = ("", "out of memory", "no time left")
+        wrong = not all(each.passed for each in found.checks)
+        if found.broken or wrong or any(each.failure not in left_out for each in found.measured):
+            raise SystemExit(1)
+
+
+@dataclass
+class Found:
+    """Everything found so far, written after each part of it: a run that is cut short leaves what it had."""
+
+    command: str
+    sizes: Sizes
+    out: Path
+    json: Path
+    checks: list[Check] = field(default_factory=list)
+    timings: list[Timing] = field(default_factory=list)
+    measured: list[Measurement] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)  # stages that ended before their end, and why
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """What breaks in it is noted, and the next stage comes all the same."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - whatever it was: the rest is worth having
+            traceback.print_exc()
+            self.broken.append(f"{name}: {one_line(error)}")
+        self.write()
+        _free_memory()
+
+    def write(self) -> None:
+        """The record, and the document's sections."""
         record = {
             "date": str(date.today()),
             "machine": machine(),
-            "command": command,
+            "command": self.command,
+            "broken": self.broken,
             "checks": [
                 {**asdict(each), "error": None if math.isnan(each.error) else each.error, "passed": each.passed}
-                for each in checks
+                for each in self.checks
             ],
-            "kernels": [asdict(each) for each in timings],
-            "measurements": [asdict(each) for each in measured],
+            "kernels": [asdict(each) for each in self.timings],
+            "measurements": [asdict(each) for each in self.measured],
         }
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
-        for result in (
-            table(measured, checks, command),
-            *([kernel_table(timings, _sizes(shapes), command)] if timings else []),
-        ):
-            print(result.markdown(), flush=True)
-            result.write(options.out)
-        platform.shutdown()
-        left_out = ("", "out of memory", "no time left")
-        if not all(each.passed for each in checks) or any(each.failure not in left_out for each in measured):
-            raise SystemExit(1)
+        self.json.write_text(json.dumps(record, indent=1) + "\n")
+        for each in self.tables():
+            each.write(self.out)
+
+    def tables(self) -> list[Table]:
+        """One of the steps, one of the pieces of a layer if they were timed."""
+        pieces = [kernel_table(self.timings, self.sizes, self.command)] if self.timings else []
+        return [table(self.measured, self.checks, self.command, self.broken), *pieces]
 
 
 def _chosen(flag: str, text: str, known: tuple[str, ...]) -> list[str]:
@@ -196,51 +236,65 @@ def _chosen(flag: str, text: str, known: tuple[str, ...]) -> list[str]:
     return chosen
 
 
-def check_kernels(shapes: list[str]) -> list[Check]:
+def check_kernels(found: Found) -> None:
     """Every check, printed as it is done."""
-    found = []
-    for check in run_checks(platform.device(), _sizes(shapes), compiled=torch.cuda.is_available()):
+    for check in run_checks(platform.device(), found.sizes, compiled=torch.cuda.is_available()):
         verdict = "ok" if check.passed else f"WRONG {check.failure}"
         print(
             f"{check.name:24} {check.dtype:9} off by {check.error:.1e} of {check.tolerance:.0e}: {verdict}", flush=True
         )
-        found.append(check)
-    return found
+        found.checks.append(check)
 
 
 def _sizes(shapes: list[str]) -> Sizes:
     return SMALL if shapes == ["tiny"] else Sizes()
 
 
-def measure_all(shapes: list[str], precisions: list[str], seq_length: int | None, deadline: float) -> list[Measurement]:
+def measure_all(
+    found: Found, shapes: list[str], precisions: list[str], seq_length: int | None, deadline: float
+) -> None:
     """Each shape in each precision, with its share of the time that is left; what fails says so in its row."""
-    found = []
     runs = [(shape, precision) for shape in shapes for precision in precisions]
-    for number, (shape, precision) in enumerate(runs):
-        result = Measurement(shape, precision)
-        found.append(result)
+    found.measured += [Measurement(shape, precision, failure="no time left") for shape, precision in runs]
+    for number, result in enumerate(found.measured):
         left = deadline - time.monotonic()
-        if left <= 0:
-            result.failure = "no time left"
-            continue
+        if left > 0:
+            result.failure = ""
+            try:
+                configs = _fitting(_config(result.shape, result.precision, seq_length), _gpu_memory())
+                measure_first_that_fits(result, configs, time.monotonic() + left / (len(runs) - number), deadline)
+            except InputError as error:  # this GPU has no fp8, or the like
+                result.failure = str(error).replace("|", "/")
+            except Exception as error:  # noqa: BLE001 - the other measurements are worth having all the same
+                traceback.print_exc()
+                result.failure = one_line(error)
+        print(f"{result.shape:5} {result.precision}: {_row(result)}", flush=True)
+        found.write()
+        _free_memory()
+
+
+def measure_first_that_fits(result: Measurement, configs: list[TrainConfig], until: float, deadline: float) -> None:
+    """`measure` in the first of these settings for which the memory is enough in fact, while there is time."""
+    for config in configs:
         try:
-            measure(result, _config(shape, precision, seq_length), time.monotonic() + left / (len(runs) - number))
+            measure(result, config, until, deadline)
+            return
         except torch.OutOfMemoryError:
-            result.failure = "out of memory"
-        except InputError as error:  # this GPU has no fp8, or the like
-            result.failure = str(error).replace("|", "/")
-        except RuntimeError as error:  # the other measurements are worth having all the same
-            traceback.print_exc()
-            result.failure = str(error).splitlines()[0].replace("|", "/")
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        print(f"{shape:5} {precision}: {_row(result)}", flush=True)
-    return found
+            print(f"{result.shape:5} {result.precision}: out of memory with {_settings(config)}", flush=True)
+        _free_memory()
+        if time.monotonic() > deadline:
+            break
+    result.failure = "out of memory"
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _config(shape: str, precision: str, seq_length: int | None) -> TrainConfig:
-    """The shape's run, in the first settings of the ladder that fit the GPU."""
+    """The shape's run, in settings that are still to be chosen by `_fitting`."""
     tiny = shape == "tiny"
     model = TINY if tiny else load_params(PARAMS).model_config()
     if shape not in ("tiny", "full"):
@@ -249,7 +303,7 @@ def _config(shape: str, precision: str, seq_length: int | None) -> TrainConfig:
     batch = max(1, (TINY_STEP_TOKENS if tiny else STEP_TOKENS) // length)
     model = model.with_ffn_multiple_of(FFN_MULTIPLE)
     fp8: Fp8 = "off" if precision == "bf16" else "on" if torch.cuda.is_available() else "emulated"
-    config = TrainConfig(
+    return TrainConfig(
         speed=Speed(fp8=fp8),
         model=replace(model, max_sequence_length=max(length, model.max_sequence_length)),
         data=DataSettings(order="single"),
@@ -260,19 +314,19 @@ def _config(shape: str, precision: str, seq_length: int | None) -> TrainConfig:
         seq_length=length,
         bf16=True,
     )
-    return _fitting(config, _gpu_memory() if torch.cuda.is_available() else None)
 
 
-def _fitting(config: TrainConfig, memory: int | None) -> TrainConfig:
-    """In the first settings of the ladder that are predicted to fit 95% of so many bytes, else in the last."""
+def _fitting(config: TrainConfig, memory: int | None) -> list[TrainConfig]:
+    """In the settings of the ladder, from the first on that is predicted to fit 95% of so many bytes; at least in the
+    last."""
+    rungs = []
     for micro_batch, recompute, states, offload in LADDER:
         if config.global_batch_size % micro_batch == 0:
             config = replace(config, micro_batch_size=micro_batch, parallel=ParallelConfig(recompute=recompute))
             config = replace(config, optimizer=replace(config.optimizer, states=states))
-            config = replace(config, speed=replace(config.speed, offload=offload))
-            if memory is None or predicted_memory(config) < 0.95 * memory:
-                break
-    return config
+            rungs.append(replace(config, speed=replace(config.speed, offload=offload)))
+    fits = [memory is None or predicted_memory(each) < 0.95 * memory for each in rungs]
+    return rungs[fits.index(True) if any(fits) else -1 :]
 
 
 def predicted_memory(config: TrainConfig) -> int:
@@ -289,12 +343,13 @@ def predicted_memory(config: TrainConfig) -> int:
     ).total
 
 
-def _gpu_memory() -> int:
-    return torch.cuda.get_device_properties(platform.device()).total_memory
+def _gpu_memory() -> int | None:
+    return torch.cuda.get_device_properties(platform.device()).total_memory if torch.cuda.is_available() else None
 
 
-def measure(result: Measurement, config: TrainConfig, deadline: float) -> None:
-    """Fill in `result`: steps until the deadline (at least 3, at most 20), then one under the profiler."""
+def measure(result: Measurement, config: TrainConfig, until: float, deadline: float) -> None:
+    """Fill in `result`: steps until `until` (at least 3, at most 20), then, before the deadline, one under the
+    profiler."""
     from megatron.crystalcoder.data.loader import micro_batches, open_data
     from megatron.crystalcoder.data.prefetch import prefetched
     from megatron.crystalcoder.training.loop import build
@@ -325,23 +380,28 @@ def measure(result: Measurement, config: TrainConfig, deadline: float) -> None:
         with closing(data):
             for _ in range(_WARM_UP_STEPS):
                 start().result()
-            seconds, result.loss = _timed(start, deadline, late=reads_late(config, optimizer))
+            seconds, result.loss = _timed(start, until, late=reads_late(config, optimizer))
             result.steps, result.step_seconds = len(seconds), statistics.median(seconds)
-            result.parts = breakdown(lambda: start().result(), model, seconds=result.step_seconds)
-        result.tokens_per_second = config.global_batch_size * config.seq_length / result.step_seconds
-        peak = platform.peak_flops()
-        if peak is not None:
-            result.mfu = result.tokens_per_second * flops_per_token(config.model.unpadded, config.seq_length) / peak
-        result.peak_memory = platform.peak_memory_bytes()
+            result.tokens_per_second = config.global_batch_size * config.seq_length / result.step_seconds
+            peak = platform.peak_flops()
+            if peak is not None:
+                counted = flops_per_token(config.model.unpadded, config.seq_length)
+                result.mfu = result.tokens_per_second * counted / peak
+            result.peak_memory = platform.peak_memory_bytes()
+            if time.monotonic() < deadline:
+                try:
+                    result.parts = breakdown(lambda: start().result(), model, seconds=result.step_seconds)
+                except Exception:  # noqa: BLE001 - the speed is known all the same
+                    traceback.print_exc()
 
 
-def _timed(start: Callable[[], StartedStep], deadline: float, *, late: bool) -> tuple[list[float], float]:
-    """Seconds of each step until the deadline (at least 3, at most 20), and the last loss; read late as the trainer
+def _timed(start: Callable[[], StartedStep], until: float, *, late: bool) -> tuple[list[float], float]:
+    """Seconds of each step until then (at least 3, at most 20), and the last loss; read late as the trainer
     does on a GPU: a step while the next one runs."""
     started = [start()] if late else []
     seconds: list[float] = []
     begin = time.perf_counter()
-    while len(seconds) < _MIN_STEPS or (len(seconds) < _MAX_STEPS and time.monotonic() < deadline):
+    while len(seconds) < _MIN_STEPS or (len(seconds) < _MAX_STEPS and time.monotonic() < until):
         started.append(start())
         loss = started.pop(0).result().lm_loss
         end = time.perf_counter()
@@ -363,15 +423,16 @@ def _settings(config: TrainConfig) -> str:
     return ", ".join(words)
 
 
-def table(measured: list[Measurement], checks: list[Check], command: str) -> Table:
-    """The section of the document."""
+def table(measured: list[Measurement], checks: list[Check], command: str, broken: Sequence[str] = ()) -> Table:
+    """The section of the document. broken: stages that did not come to their end."""
     passed = sum(each.passed for each in checks)
     wrong = ", ".join(f"{each.name} in {each.dtype}" for each in checks if not each.passed)
     verdict = f"{passed} of {len(checks)} kernel checks against fp64 pass{': not ' + wrong if wrong else ''}. "
+    verdict = "".join([verdict] * bool(checks) + [f"Broken off: {each}. " for each in broken])
     return Table(
         "gpu_train",
         "Training on a GPU",
-        f"{verdict if checks else ''}The trainer's own step, median of those that were timed, optimizer included. MFU: "
+        f"{verdict}The trainer's own step, median of those that were timed, optimizer included. MFU: "
         "6 N + 12 L h s FLOPs per token over the dense bf16 peak, recomputation not counted. Memory: highest allocated "
         "by torch, and what `crystalcoder plan` predicts. Shares of the step are from torch's profiler.",
         ("layers", "precision", "settings", "tokens / s", "MFU", "GiB", "predicted", "s / step", *PARTS, "idle"),
@@ -386,7 +447,7 @@ def kernel_table(timings: list[Timing], z: Sizes, command: str) -> Table:
 
     def row(each: Timing) -> tuple[str, ...]:
         if each.failure:
-            return each.name, "", "", "", each.failure.replace("|", "/")
+            return each.name, "", "", "", each.failure
         rate = each.flops / each.seconds
         return (
             each.name,
@@ -411,13 +472,14 @@ def _row(result: Measurement) -> tuple[str, ...]:
     if result.failure:
         return (result.failure, *[""] * (len(PARTS) + 5))
     total = sum(result.parts.values())
+    shares = [f"{result.parts[part] / total:.0%}" if total else "" for part in (*PARTS, "idle")]
     return (
         f"{result.tokens_per_second:,.0f}",
         "" if result.mfu is None else f"{result.mfu:.1%}",
         f"{(result.peak_memory or 0) / _GIB:.1f}",
         "" if result.predicted_memory is None else f"{result.predicted_memory / _GIB:.1f}",
         f"{result.step_seconds:.3f}",
-        *(f"{result.parts[part] / total:.0%}" for part in (*PARTS, "idle")),
+        *shares,
     )
 
 

@@ -8,6 +8,7 @@ Shape letters: s sequence, b micro-batch, t tokens, h hidden, n heads, d head di
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from megatron.crystalcoder.model.kernels.norm import add_norm
 from megatron.crystalcoder.model.kernels.rotary import rotate_in_place
 from megatron.crystalcoder.model.kernels.swiglu import swiglu
 from megatron.crystalcoder.platform import GroupStepAdamW
+from tools.bench.report import one_line
 
 # Relative error (L2, whole tensor) that rounding explains; a mistake is at least some percent.
 TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 2e-2}
@@ -83,8 +85,9 @@ def run_checks(device: torch.device, sizes: Sizes, *, compiled: bool, seed: int 
             error, failure = math.nan, ""
             try:
                 error = _error(case, dtype)
-            except RuntimeError as fault:  # the others are worth knowing all the same
-                failure = str(fault).splitlines()[0]
+            except Exception as fault:  # noqa: BLE001 - the others are worth knowing all the same
+                traceback.print_exc()
+                failure = one_line(fault)
             name = str(dtype).removeprefix("torch.")
             yield Check(case.name, name, error, case.tolerance or TOLERANCE[dtype], failure)
 

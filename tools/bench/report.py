@@ -66,6 +66,11 @@ def machine() -> str:
     return f"{accelerator}, Python {platform.python_version()}, torch {torch.__version__}{others}"
 
 
+def one_line(error: Exception) -> str:
+    """An error as a cell of a table can hold it."""
+    return " ".join(f"{type(error).__name__}: {error}".replace("|", "/").split())[:200]
+
+
 def interleaved(
     ways: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
