@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from data_prep.permutation import Permutation
 from data_prep.provenance import Span
 from data_prep.sequences import SequenceFile, SequenceWriter, sequence_files
 from data_prep.shuffle import shuffle
+from data_prep.spill import write_spill
 
 
 def write_files(folder: Path, sizes: list[int], length: int = 8) -> np.ndarray:
@@ -131,6 +133,38 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
     command = [sys.executable, "-c", IN_A_FRESH_PROCESS, *folders]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 40_000
+
+
+class Killed(BaseException):
+    """Stands for the process's end."""
+
+
+@pytest.mark.parametrize("left", [10, -5])
+def test_killed_while_spilling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int) -> None:
+    """A spill file that is cut off, and has no record of its task, is written anew.
+
+    Planted: opened to append -> what the killed run has left is read, fails.
+    """
+    write_files(tmp_path / "in", [40, 30])
+    monkeypatch.setattr("data_prep.shuffle.BLOCK_BYTES", 2000)
+    monkeypatch.setattr("data_prep.shuffle.STRETCH_BYTES", 1)
+    shuffle([tmp_path / "in"], tmp_path / "whole", files=3, seed=5)
+    number = iter(range(3))
+
+    def die(path: Path, *rows: Any) -> None:
+        write_spill(path, *rows)
+        if next(number, None) is None:
+            path.write_bytes(path.read_bytes()[:left])
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr("data_prep.shuffle.write_spill", die)
+        with pytest.raises(Killed):
+            shuffle([tmp_path / "in"], tmp_path / "out", files=3, seed=5)
+    assert len(list((tmp_path / "out/.tasks").glob("*.rows"))) == 4
+    shuffle([tmp_path / "in"], tmp_path / "out", files=3, seed=5)
+    for path in sequence_files(tmp_path / "whole"):
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
 
 
 def test_refusals(tmp_path: Path) -> None:
