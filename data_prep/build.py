@@ -138,6 +138,11 @@ def build(
             arguments = step.arguments
             if any(parameter.name == "processes" for parameter in _command(step.command).params):
                 arguments += ["--processes", str(processes)]
+            if nothing := [given for given in step.inputs if not Path(given).exists()]:
+                raise InputError(
+                    f"{step.place}: {nothing[0]}: no step before has written anything there: of a small corpus a small "
+                    "share may be none (--set changes shares like `valid`)"
+                )
             print(f"[{number}/{len(steps)}] crystalcoder data {shlex.join(arguments)}", flush=True)
             commands.main(arguments)
 

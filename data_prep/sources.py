@@ -327,6 +327,9 @@ def _array_elements(path: str, stream: BinaryIO) -> Iterator[Any]:
         position, size = end, 1 << 20
         yield element
         number += 1
+    position += 1
+    if skip(" \t\r\n"):
+        raise InputError(f"{path}: more follows the array's end, after element {number}: make it one array, or .jsonl")
 
 
 def _parquet_documents(path: str, faults: FaultPolicy, keys: Sequence[str], part: Part | None) -> Iterator[Document]:

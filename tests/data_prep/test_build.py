@@ -201,3 +201,23 @@ def test_bad_command_lines(raw: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=message):
             main(["build", *arguments])
+
+
+def test_a_share_that_is_none(tmp_path: Path, tokenizer_file: Path) -> None:
+    """A folder that an earlier step was to fill and has not: the step is named, and what to change.
+
+    Planted: left to the step -> "no such file or folder" alone, fails.
+    """
+    shutil.copy(tokenizer_file, tmp_path / "tokenizer.json")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jsonl").write_text('{"text": "a"}\n' * 3)
+    steps = [
+        {"run": "partition", "in": "in", "out": "split", "options": {"valid": "{valid}"}},
+        {"run": "tokenize", "in": "split/valid", "out": "rows", "options": {"tokenizer": "tokenizer.json"}},
+    ]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"values": {"valid": 0.00001}, "steps": steps}))
+    command = ["build", str(tmp_path / "recipe.yaml"), "--root", str(tmp_path)]
+    with pytest.raises(
+        InputError, match=r"steps\[1\] \(tokenize\): split/valid: no step before .*--set changes shares"
+    ):
+        main(command)

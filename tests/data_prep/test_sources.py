@@ -114,7 +114,7 @@ def test_poison_of_the_reference(shared: Path) -> None:
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     """Planted: zstandard's own stream_reader for .zst -> the cut-off text passes for a short one (no error), and of the
-    cut-off lines the last is blamed instead of the file; both fail."""
+    cut-off lines the last is blamed instead of the file; what follows an array's end not looked at: all fail."""
     lines = b"".join(json.dumps({"text": str(n) * 99}).encode() + b"\n" for n in range(5000))
     for name, count in (("a.jsonl.gz", 5000), ("a.jsonl.zst", 5000), ("b.txt.zst", 1)):
         path = write(tmp_path / name, lines)
@@ -125,10 +125,12 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "a.parquet")
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-50])
     (tmp_path / "a.json").write_text('[{"text": "a"}, {"text": ')
+    (tmp_path / "two.json").write_text('[{"text": "a"}]\n[{"text": "b"}]\n')
     (tmp_path / "a.txt").write_bytes(b"abc\xff")
     for name, message in (
         ("b.parquet", "not a whole parquet"),
         ("a.json", "element 2"),
+        ("two.json", "more follows the array's end, after element 1"),
         ("a.txt", "byte 3: is not UTF-8"),
     ):
         with pytest.raises(InputError, match=f"{name}:.* ?{message}"):
