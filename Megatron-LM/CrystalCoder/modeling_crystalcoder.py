@@ -248,14 +248,17 @@ class CrystalCoderModel(CrystalCoderPreTrainedModel):
         cos, sin = rotary_cos_sin(config, position_ids)
         rotary = cos.to(inputs_embeds.dtype), sin.to(inputs_embeds.dtype)
         x = self.drop(inputs_embeds * config.mup_embeddings_scale)
-        hidden_states, attentions = [x], []
+        hidden_states, attentions = [], []
         for block in self.h:
+            if output_hidden_states:
+                hidden_states.append(x)
             x, weights = block(
                 x, causal_mask, rotary, past_key_values=past_key_values, position_ids=position_ids, **kwargs
             )
-            hidden_states.append(x)
-            attentions.append(weights)
-        hidden_states[-1] = x = self.ln_f(x)
+            if output_attentions:
+                attentions.append(weights)
+        x = self.ln_f(x)
+        hidden_states.append(x)
 
         output = BaseModelOutputWithPast(
             last_hidden_state=x,

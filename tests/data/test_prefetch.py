@@ -57,3 +57,31 @@ def test_no_further_ahead_than_asked() -> None:
         time.sleep(0.01)
     time.sleep(0.3)
     assert len(taken) == 6
+
+
+def test_what_it_reads_from_is_closed_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whatever it ends, and whoever still refers to it (an error's traceback does): processes may read for it.
+
+    Planted: left to whoever lets go of it last, fails.
+    """
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda _: 1 / 0)
+    for pin in (False, True):
+        ended: list[bool] = []
+
+        def batches(ended: list[bool] = ended) -> Iterator[Batch]:
+            try:
+                yield from numbered()
+            finally:
+                ended.append(True)
+
+        source = batches()
+        stream = prefetched(source, depth=2, pin=pin)
+        if pin:
+            with pytest.raises(ZeroDivisionError):
+                next(stream)
+        else:
+            next(stream)
+        stream.close()
+        assert ended == [True]
+        del source

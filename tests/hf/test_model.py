@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -146,6 +147,21 @@ def test_hidden_states_and_attentions(own_model: Any, tokens: torch.Tensor) -> N
     assert [a.shape for a in output.attentions] == [(3, TINY.num_attention_heads, 40, 40)] * TINY.num_layers
     assert close(output.attentions[0].sum(-1), torch.ones(3, TINY.num_attention_heads, 40))
     assert close(own_model(tokens, return_dict=False)[0], output.logits)
+
+
+def test_nothing_is_kept_that_nobody_asked_for(own_model: Any, tokens: torch.Tensor) -> None:
+    """Without gradients one layer's output is alive at a time; of a long prompt, all of them are gigabytes.
+
+    Planted: hidden states collected always, fails.
+    """
+    alive: list[weakref.ref] = []
+    for block in own_model.transformer.h:
+        block.register_forward_hook(lambda *of: alive.append(weakref.ref(of[2][0])))
+    gone: list[bool] = []
+    own_model.transformer.ln_f.register_forward_hook(lambda *_: gone.extend(ref() is None for ref in alive[:-1]))
+    with torch.no_grad():
+        own_model(tokens)
+    assert gone == [True] * (TINY.num_layers - 1) != []
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

@@ -5,6 +5,7 @@ On a machine without fp8 products they are emulated: fp32 products of operands r
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -17,9 +18,10 @@ from megatron.crystalcoder.model.config import ParallelConfig
 from megatron.crystalcoder.model.fusions import Speed, parse_fusions
 from megatron.crystalcoder.model.kernels.fp8 import E4M3, E5M2, Fp8Products, check_fp8
 from megatron.crystalcoder.training.config import DataSettings, WarmupDecay
+from megatron.crystalcoder.training.loop import check_sizes
 from support.distributed import run_on_ranks
 from support.text_runs import curve, text_rows, train_on
-from support.training_runs import column
+from support.training_runs import column, tiny_config
 
 # e4m3 rounds by up to 1/16, e5m2 by up to 1/8 of a number; of normal ones by 2.6% and 5.2% in the mean square.
 ROUNDING = {E4M3: 0.026, E5M2: 0.052}
@@ -141,6 +143,11 @@ def test_refusals() -> None:
     sizes = {"FFN hidden size": 172}
     with pytest.raises(InputError, match="the FFN hidden size of one rank, 172, is not a multiple of 16"):
         check_fp8(emulated=True, sizes=sizes)
+    config = tiny_config(Path(), speed=EMULATED)
+    check_sizes(replace(config, micro_batch_size=1, global_batch_size=1), ranks=1)
+    tokens = f"1 x {config.seq_length - 1} = {config.seq_length - 1} tokens is not a multiple of 16"
+    with pytest.raises(InputError, match=tokens):
+        check_sizes(replace(config, seq_length=config.seq_length - 1, micro_batch_size=1, global_batch_size=1), ranks=1)
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="--fp8 on: this machine has no GPU with fp8 products"):
             check_fp8(emulated=False, sizes={})

@@ -176,3 +176,22 @@ def test_both_kernels_are_the_formula() -> None:
     expected = scores.softmax(-1) @ v.double()
     for ours in (attend_in_documents(q, k, v, numbers, 1 / 16), _flex(q, k, v, numbers, 1 / 16, compiled=False)):
         torch.testing.assert_close(ours.double(), expected, atol=1e-6, rtol=0)
+
+
+def test_the_layers_share_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that are recomputed, which get another tensor of the same memory; another micro-batch gets its own.
+
+    Planted: a mask for each layer -> 4 calls; one by shape alone -> the second micro-batch's attention is off.
+    """
+    from torch.nn.attention import flex_attention
+
+    made, make = [], flex_attention.create_block_mask
+    monkeypatch.setattr(flex_attention, "create_block_mask", lambda *a, **k: made.append(1) or make(*a, **k))
+    q, k, v = (torch.randn(1, 1, 128, 16) for _ in range(3))
+    for number in (1, 2):
+        documents_bs = (torch.arange(128)[None] >= 40 * number).long()
+        expected = attend_in_documents(q, k, v, documents_bs, 1.0)
+        for layer_gets in (documents_bs, documents_bs.detach()):
+            ours = _flex(q, k, v, layer_gets, 1.0, compiled=False)
+            torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+        assert len(made) == number

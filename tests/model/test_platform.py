@@ -101,6 +101,25 @@ def test_cuda_questions_get_cpu_answers():
     assert platform.peak_memory_bytes() > 100e6
 
 
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L4", None),
+    ],
+)
+def test_peak_by_name(monkeypatch: pytest.MonkeyPatch, name: str, teraflops: float | None):
+    """NVIDIA's dense figures. Planted: the cards of one generation taken for the same, fails."""
+    monkeypatch.setattr(platform, "is_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert platform.peak_flops() == (None if teraflops is None else teraflops * 1e12)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_is_left_alone():
     assert torch.zeros(2, device="cuda").device.type == "cuda"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -224,6 +225,23 @@ def test_refused_in_one_line(runs: tuple[Path, Any], case: str, words: list[str]
     for word in words:
         assert word in messages[case]
     assert messages["left behind"] == "False"
+
+
+def test_random_states_of_another_kind_of_device_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's generator takes states of 16 bytes, a CPU's of 5056: megatron-core would set one of the wrong kind amid
+    the first layer. Planted: set whatever was saved, fails."""
+    from megatron.crystalcoder.training import run_state
+
+    tracked: list[Any] = []
+    tracker = SimpleNamespace(set_states=tracked.append)
+    monkeypatch.setattr(run_state, "get_cuda_rng_tracker", lambda: tracker)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda _: None)
+    for saved_on_gpu in (False, True):
+        for cuda in (False, True):
+            monkeypatch.setattr(run_state.platform, "is_cuda", lambda cuda=cuda: cuda)
+            gpu_state = torch.zeros(16, dtype=torch.uint8) if saved_on_gpu else None
+            run_state._set_rng({"torch": torch.get_rng_state(), "cuda": gpu_state, "tracker": (saved_on_gpu, cuda)})
+    assert tracked == [(False, False), (True, True)]
 
 
 def test_checkpoint_records_the_model(runs: tuple[Path, Any]) -> None:

@@ -21,8 +21,16 @@ from torch.overrides import TorchFunctionMode
 
 from megatron.crystalcoder.model.config import ParallelConfig
 
-# Dense bf16 peak by GPU name, FLOP/s: the denominator of MFU.
-_PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12}
+# Dense bf16 peak by GPU name, FLOP/s: the denominator of MFU. The first name that is part of the GPU's counts.
+_PEAK_BF16_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "B200": 2250e12,
+}
 
 # The environment variable in which a launcher that restarts jobs (training/elastic.py) tells ranks which attempt it is.
 ATTEMPT = "CRYSTALCODER_ATTEMPT"

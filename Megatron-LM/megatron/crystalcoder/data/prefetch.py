@@ -40,6 +40,9 @@ def prefetched(batches: Iterator[Batch], *, depth: int, pin: bool) -> Generator[
             put(None)
         except BaseException as error:  # noqa: BLE001 - handed to the one who asks
             put(error)
+        finally:
+            if isinstance(batches, Generator):
+                batches.close()  # and with it processes that read for it, whoever still refers to it
 
     thread = threading.Thread(target=read, name="prefetch", daemon=True)
     thread.start()

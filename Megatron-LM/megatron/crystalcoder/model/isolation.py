@@ -33,15 +33,33 @@ def _flex(
     q_bnsd: Tensor, k_bnsd: Tensor, v_bnsd: Tensor, documents_bs: Tensor, scale: float, *, compiled: bool = True
 ) -> Tensor:
     """The same by torch's flex attention, which skips the blocks between documents altogether."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
-    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (documents_bs[batch, query] == documents_bs[batch, key])
-
-    b, s = documents_bs.shape
-    blocks = create_block_mask(sees, b, None, s, s, device=str(documents_bs.device))
     attend: Any = _compiled_flex() if compiled else flex_attention
-    return attend(q_bnsd, k_bnsd, v_bnsd, block_mask=blocks, scale=scale)
+    return attend(q_bnsd, k_bnsd, v_bnsd, block_mask=_blocks(documents_bs), scale=scale)
+
+
+def _blocks(documents_bs: Tensor) -> Any:
+    """flex attention's mask of these documents. All layers get one, made by the first: it looks at every pair of tokens
+    and launches dozens of kernels."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    global _last_blocks
+    # An address alone would be another micro-batch's, too; this one's stays taken as long as its tensor is kept here.
+    # By address all the same: recomputed layers get another tensor of the same memory.
+    key = (documents_bs.data_ptr(), documents_bs.shape, documents_bs._version)
+    if _last_blocks is None or _last_blocks[0] != key:
+
+        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (query >= key) & (documents_bs[batch, query] == documents_bs[batch, key])
+
+        b, s = documents_bs.shape
+        blocks = create_block_mask(sees, b, None, s, s, device=str(documents_bs.device))
+        _last_blocks = (key, documents_bs, blocks)
+    return _last_blocks[2]
+
+
+_last_blocks: tuple[Any, Tensor, Any] | None = None
 
 
 def _compiled_flex() -> Any:

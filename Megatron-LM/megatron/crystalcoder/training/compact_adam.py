@@ -35,7 +35,9 @@ class CompactAdamW(platform.GroupStepAdamW):
     def update(self, group: dict[str, Any], parameters: list[Any]) -> None:
         """One update of these parameters, of which each has a gradient."""
         for parameter in parameters:
-            pieces = self.packed.setdefault(parameter, self._new(parameter))
+            if parameter not in self.packed:
+                self.packed[parameter] = self._new(parameter)
+            pieces = self.packed[parameter]
             flat, gradient = parameter.detach().view(-1), parameter.grad.view(-1)
             for number, moments in enumerate(pieces):
                 here = slice(number * PIECE, (number + 1) * PIECE)

@@ -23,6 +23,7 @@ from megatron.crystalcoder.checkpoint.weights import WeightSource
 from megatron.crystalcoder.data.loader import micro_batches, open_data
 from megatron.crystalcoder.data.prefetch import prefetched
 from megatron.crystalcoder.model.gpt import build_model
+from megatron.crystalcoder.model.kernels.fp8 import MULTIPLE
 from megatron.crystalcoder.training.accounting import Accounting, open_account
 from megatron.crystalcoder.training.best_checkpoint import BestCheckpoint
 from megatron.crystalcoder.training.config import SettingError, TrainConfig
@@ -139,6 +140,12 @@ def check_sizes(config: TrainConfig, ranks: int | None = None) -> None:
             "global_batch_size",
             f"global batch size {config.global_batch_size} is not a multiple of micro-batch size "
             f"{config.micro_batch_size} x {data_parallel} data-parallel ranks = {batch}: change one of them",
+        )
+    tokens = config.micro_batch_size * config.seq_length
+    if config.speed.fp8 != "off" and tokens % MULTIPLE:
+        raise InputError(
+            f"--fp8: a micro-batch of {config.micro_batch_size} x {config.seq_length} = {tokens} tokens is not a "
+            f"multiple of {MULTIPLE}, as fp8 products need it: change its size, or drop the flag"
         )
     if config.seq_length > config.model.max_sequence_length:
         raise InputError(

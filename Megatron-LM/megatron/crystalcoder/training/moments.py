@@ -65,8 +65,9 @@ def unpack(packed: Packed) -> Tensor:
 def _rounded(x: Tensor, chance: Tensor, *, mantissa: int, smallest: int) -> Tensor:
     """To `mantissa` bits after the leading one, for numbers below 2^smallest to those of 2^smallest: up with the chance
     that makes the average right. A number that fits stays. NaN and infinity do, too."""
-    spacing = _power_of_two(_floor_log2(x).clamp(min=smallest) - mantissa)
-    rounded = torch.floor(x / spacing + chance) * spacing
+    exponent = _floor_log2(x).clamp(min=smallest) - mantissa
+    # By the inverse, which is exact: a GPU's compiled division need not be.
+    rounded = torch.floor(x * _power_of_two(-exponent) + chance) * _power_of_two(exponent)
     return torch.where(torch.isfinite(x), rounded, x)
 
 

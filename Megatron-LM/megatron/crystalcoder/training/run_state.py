@@ -240,7 +240,9 @@ def _rng() -> dict[str, Any]:
 
 def _set_rng(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
-    if platform.is_cuda() and state["cuda"] is not None:
+    if (state["cuda"] is not None) != platform.is_cuda():
+        return  # saved on a GPU and resumed on a CPU, or the reverse: the generators are of another kind
+    if platform.is_cuda():
         torch.cuda.set_rng_state(state["cuda"])
     get_cuda_rng_tracker().set_states(state["tracker"])
 
