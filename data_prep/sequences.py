@@ -24,7 +24,7 @@ import deflate
 import h5py
 import numpy as np
 
-from data_prep.errors import InputError
+from data_prep.errors import InputError, full_disk
 from data_prep.provenance import ProvenanceReader, ProvenanceWriter, Span, SpanTable, read_provenance
 
 PLANES = 3  # token ids, loss mask, labels
@@ -92,6 +92,10 @@ class SequenceWriter:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = h5py.File(self._partial, "w")
         except OSError as error:
+            with suppress(OSError):
+                self._partial.unlink()
+            if full_disk(error):
+                raise
             raise InputError(f"{self.path}: cannot be written ({_first_line(error)}): choose another --out") from None
         self._dataset = self._file.create_dataset(
             "data",

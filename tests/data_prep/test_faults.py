@@ -197,11 +197,22 @@ def test_every_fault_in_one_corpus(tmp_path: Path, tokenizer_file: Path) -> None
     main([*command, "--overwrite"])  # nothing is left but the empty file
 
 
-@pytest.mark.parametrize("step", ["tokenize", "parquet2jsonl", "partition", "fim", "shuffle"])
-def test_a_full_disk(tmp_path: Path, tokenizer_file: Path, repo_root: Path, step: str) -> None:
+@pytest.mark.parametrize(
+    ("step", "limit"),
+    [
+        ("tokenize", 20_000),
+        ("tokenize", 90),  # not even an empty HDF5 file
+        ("parquet2jsonl", 20_000),
+        ("partition", 20_000),
+        ("fim", 20_000),
+        ("shuffle", 20_000),
+    ],
+)
+def test_a_full_disk(tmp_path: Path, tokenizer_file: Path, repo_root: Path, step: str, limit: int) -> None:
     """A limit on a file's size stands for it: one line, exit 2, nothing left; with room the same command works.
 
-    Planted: no `full_disk` in the engine -> a traceback, fails.
+    Planted: no `full_disk` in the engine -> a traceback, fails; a file left that could not even be begun -> the same
+    command is refused, fails.
     """
     texts = [os.urandom(40_000).hex() for _ in range(5)]
     (tmp_path / "in").mkdir()
@@ -217,7 +228,6 @@ def test_a_full_disk(tmp_path: Path, tokenizer_file: Path, repo_root: Path, step
         "partition": [str(tmp_path / "in/a.jsonl"), "--valid", "0.5"],
     }[step]
     command = [sys.executable, "-m", "tools.cli", "data", step, *options, "--out", str(tmp_path / "out")]
-    limit = 20_000
 
     def small_files() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
