@@ -11,6 +11,7 @@ import typer
 
 from data_prep.engine import run_on, stay_one_thread
 from data_prep.errors import InputError, exit_on_bad_input
+from data_prep.manifest import report
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -112,7 +113,7 @@ def parquet2jsonl(
         manifest = parquet_to_jsonl(
             _existing(source), out, on_error=on_error.value, processes=processes, overwrite=overwrite
         )
-        _report(out, manifest)
+        report(out, manifest)
 
 
 @app.command()
@@ -134,7 +135,7 @@ def partition(
 
     options = PartitionOptions(key, valid, seed, on_error.value)
     with run_on(engine.value, engine_option or ()):
-        _report(out, partition_files(inputs, out, options, processes=processes, overwrite=overwrite))
+        report(out, partition_files(inputs, out, options, processes=processes, overwrite=overwrite))
 
 
 @app.command()
@@ -198,7 +199,7 @@ def tokenize(
         shard_bytes=None if shard_mb is None else shard_mb << 20,
     )
     with run_on(engine.value, engine_option or ()):
-        _report(out, tokenize_corpus(inputs, out, options, processes=processes, overwrite=overwrite))
+        report(out, tokenize_corpus(inputs, out, options, processes=processes, overwrite=overwrite))
 
 
 @app.command()
@@ -236,7 +237,7 @@ def fim(
             overwrite=overwrite,
             reference_groups=processes if reference_compat else None,
         )
-    _report(out, manifest)
+    report(out, manifest)
 
 
 @app.command()
@@ -255,7 +256,7 @@ def shuffle(
 
     with run_on(engine.value, engine_option or ()):
         manifest = shuffle_files(inputs, out, files=files, seed=seed, processes=processes, overwrite=overwrite)
-    _report(out, manifest)
+    report(out, manifest)
 
 
 @app.command()
@@ -282,7 +283,7 @@ def subset(
     from data_prep.subset import write_subset
 
     with run_on(engine.value, engine_option or ()):
-        _report(out, write_subset(source, out, ranges, processes=processes, overwrite=overwrite))
+        report(out, write_subset(source, out, ranges, processes=processes, overwrite=overwrite))
 
 
 @app.command()
@@ -365,8 +366,3 @@ def _existing(path: Path) -> Path:
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     return path
-
-
-def _report(out: Path, manifest: dict) -> None:
-    counts = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in manifest["counts"].items())
-    print(f"{out}: {len(manifest['outputs'])} files; {counts}")

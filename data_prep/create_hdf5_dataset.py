@@ -26,6 +26,7 @@ import yaml
 from data_prep.cleaning import Cleaning, normal_form
 from data_prep.engine import check_output_name, run_on, stay_one_thread
 from data_prep.errors import InputError, exit_on_bad_input
+from data_prep.manifest import report
 from data_prep.sources import DATA_SUFFIXES, REFERENCE_SUFFIXES
 
 
@@ -191,7 +192,8 @@ def main(arguments: list[str] | None = None) -> None:
         values["wikitext_detokenize"],
     )
     with run_on(settings.flags.engine, settings.flags.engine_option):
-        (_reference if compat else _default)(settings, inputs, cleaning)
+        manifest = (_reference if compat else _default)(settings, inputs, cleaning)
+    report(Path(values["output_dir"]), manifest)
     for note in notes(values, reference_compat=compat):
         print(f"note: {note}")
 
@@ -232,7 +234,7 @@ def _inputs(values: dict[str, Any], *, reference_compat: bool) -> list[str]:
     return files
 
 
-def _reference(settings: Settings, inputs: list[str], cleaning: Cleaning) -> None:
+def _reference(settings: Settings, inputs: list[str], cleaning: Cleaning) -> dict[str, Any]:
     from data_prep.reference_compat import ReferenceOptions, discover, tokenize_like_reference
 
     values = settings.values
@@ -255,7 +257,7 @@ def _reference(settings: Settings, inputs: list[str], cleaning: Cleaning) -> Non
         section: {name: value for name, value in mentioned.items() if OPTIONS[name].section == section}
         for section in ("setup", "processing", "dataset")
     }
-    tokenize_like_reference(
+    return tokenize_like_reference(
         files,
         Path(values["output_dir"]),
         options,
@@ -266,7 +268,7 @@ def _reference(settings: Settings, inputs: list[str], cleaning: Cleaning) -> Non
     )
 
 
-def _default(settings: Settings, inputs: list[str], cleaning: Cleaning) -> None:
+def _default(settings: Settings, inputs: list[str], cleaning: Cleaning) -> dict[str, Any]:
     from data_prep.tokenize_corpus import TokenizeOptions, tokenize_corpus
 
     values, flags = settings.values, settings.flags
@@ -287,7 +289,7 @@ def _default(settings: Settings, inputs: list[str], cleaning: Cleaning) -> None:
         min_sequence_len=values["min_sequence_len"],
         cleaning=cleaning,
     )
-    tokenize_corpus(
+    return tokenize_corpus(
         inputs,
         Path(values["output_dir"]),
         options,

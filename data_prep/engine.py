@@ -154,14 +154,25 @@ def run_step(
     except (InputError, OSError, RuntimeError) as error:
         if not num_done:
             _leave(out)
+        with tell_full_disk(out):
+            raise error from None
+    records = [json.loads((folder / f"{task.name}.json").read_bytes()) for task in everything]
+    with tell_full_disk(out):
+        manifest = write_manifest(step, out, fingerprint, settings, records)
+    shutil.rmtree(folder)
+    return manifest
+
+
+@contextmanager
+def tell_full_disk(out: Path) -> Iterator[None]:
+    """Turn what a full disk raises into one line."""
+    try:
+        yield
+    except (InputError, OSError, RuntimeError) as error:
         if reason := full_disk(error):
             remedy = "make room and run the same command again, what is done is kept"
             raise InputError(f"{out}: cannot be written ({reason}): {remedy}") from None
         raise
-    records = [json.loads((folder / f"{task.name}.json").read_bytes()) for task in everything]
-    manifest = write_manifest(step, out, fingerprint, settings, records)
-    shutil.rmtree(folder)
-    return manifest
 
 
 def _run(folder: Path, stages: Sequence[Stage], processes: int) -> Iterator[int]:

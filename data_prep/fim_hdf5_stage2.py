@@ -14,6 +14,7 @@ from pathlib import Path
 from data_prep.errors import exit_on_bad_input
 from data_prep.fim import FimSettings
 from data_prep.fim_files import FimSource, fim_files
+from data_prep.manifest import report
 
 REFERENCE_PROCESSES = 96
 
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="names of the files, a,b,c [all, sorted]; the reference's seeds follow the order on its disk",
     )
     flags = parser.parse_args(arguments)
-    fim_files(
+    manifest = fim_files(
         [FimSource(flags.input_dir, names=tuple(filter(None, flags.files.split(","))))],
         flags.output_dir,
         flags.tokenizer,
@@ -64,6 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
         overwrite=flags.overwrite,
         reference_groups=flags.reference_processes if flags.reference_compat else None,
     )
+    report(flags.output_dir, manifest)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from data_prep.errors import exit_on_bad_input
 from data_prep.fim import FimSettings
 from data_prep.fim_files import FimSource, fim_files
 from data_prep.fim_hdf5_stage2 import stage_parser
+from data_prep.manifest import report
 
 SPLIT = "data/starcoderdata_tokenized_stage3_split"
 LANGUAGES = ("python", "css", "html", "javascript")
@@ -22,7 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = stage_parser(__doc__, input_dir=f"{SPLIT}/train", output_dir=f"{SPLIT}_fim_0.3/train", rate=0.3, epochs=3)
     parser.add_argument("--languages", default=",".join(LANGUAGES), help="folders below --input_dir, in this order")
     flags = parser.parse_args(arguments)
-    fim_files(
+    manifest = fim_files(
         [FimSource(flags.input_dir / language, language + "_{}") for language in flags.languages.split(",")],
         flags.output_dir,
         flags.tokenizer,
@@ -32,6 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
         overwrite=flags.overwrite,
         reference_groups=0 if flags.reference_compat else None,
     )
+    report(flags.output_dir, manifest)
 
 
 if __name__ == "__main__":

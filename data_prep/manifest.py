@@ -94,12 +94,19 @@ def write_manifest(
         "outputs": dict(sorted(outputs.items())),
     }
     if faults:
-        _write(out / REJECTS, "".join(json.dumps(fault) + "\n" for fault in faults))
-    _write(out / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        write_whole(out / REJECTS, "".join(json.dumps(fault) + "\n" for fault in faults))
+    write_whole(out / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 
-def _write(path: Path, text: str) -> None:
+def report(out: Path, manifest: dict[str, Any]) -> None:
+    """Print what a step has done, in one line."""
+    counts = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in manifest["counts"].items())
+    print(f"{out}: {len(manifest['outputs'])} files; {counts}")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there when it is complete."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     os.replace(partial, path)

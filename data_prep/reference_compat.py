@@ -20,9 +20,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from data_prep.cleaning import Cleaning
-from data_prep.engine import Task, run_step
+from data_prep.engine import Task, run_step, tell_full_disk
 from data_prep.errors import InputError
-from data_prep.manifest import Record, input_identity, record
+from data_prep.manifest import Record, input_identity, record, write_whole
 from data_prep.sequences import SequenceFile, SequenceWriter, sequence_files
 from data_prep.sources import REFERENCE_SUFFIXES, Document, Fault, FaultPolicy, read_documents
 from data_prep.streams import files_below, open_bytes
@@ -124,7 +124,8 @@ def tokenize_like_reference(
         },
         "h5_dataset_stats": _statistics(out, options),
     }
-    (out / "data_params.json").write_text(json.dumps(parameters, indent=4, sort_keys=True))
+    with tell_full_disk(out):
+        write_whole(out / "data_params.json", json.dumps(parameters, indent=4, sort_keys=True))
     return manifest
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
@@ -20,6 +21,7 @@ import pytest
 import zstandard
 
 from data_prep.commands import main
+from data_prep.create_hdf5_dataset import main as lmdata
 from data_prep.engine import Task, run_step
 from data_prep.errors import InputError
 from data_prep.manifest import record
@@ -238,6 +240,31 @@ def test_a_full_disk(tmp_path: Path, tokenizer_file: Path, repo_root: Path, step
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
     assert subprocess.run(command, cwd=repo_root, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "data_params.json"])
+def test_a_disk_that_is_full_at_the_end(
+    tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """When all rows are written and the last file has no room. Planted: not caught there -> an OSError, fails."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jsonl").write_bytes(lines("one", "two " * 99))
+    command = ["LMData", "--input_dir", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out"), "--eos_id", "2",
+               "--encoder_file", str(tokenizer_file), "--max_seq_length", "16", "--reference-compat"]  # fmt: skip
+    write = Path.write_text
+
+    def full(path: Path, text: str) -> int:
+        if path.name == f"{name}.partial":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, text)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        with pytest.raises(InputError, match=r"out: cannot be written \(No space left on device\): make room"):
+            lmdata(command)
+    lmdata(command)
+    assert (tmp_path / "out/manifest.json").exists()
+    assert (tmp_path / "out/data_params.json").exists()
 
 
 def die_once(argument: tuple[str, str]) -> dict[str, object]:
