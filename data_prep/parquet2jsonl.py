@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import orjson
+from isal.isal_zlib import crc32
 
 from data_prep.division import divide
 from data_prep.engine import Stage, Task, run_step
@@ -107,11 +108,12 @@ def convert_file(task: ConvertTask) -> Record:
     target.parent.mkdir(parents=True, exist_ok=True)
     faults = FaultPolicy(task.on_error)
     counts: Counter[str] = Counter()
-    num_rows = 0
+    num_rows = checksum = 0
     try:
         with partial.open("wb") as lines:
             for block in _joined(task.pieces) if task.pieces else _lines(task, faults, counts):
                 num_rows += block.count(b"\n")
+                checksum = crc32(block, checksum)
                 lines.write(block)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -121,7 +123,7 @@ def convert_file(task: ConvertTask) -> Record:
         partial.unlink()
     else:
         os.replace(partial, target)
-        outputs = {} if task.part else {task.name: {"rows": num_rows}}
+        outputs = {} if task.part else {task.name: {"rows": num_rows, "checksum": f"{checksum:08x}"}}
     if not task.pieces:  # else its parts have counted them
         counts["documents"] = num_rows
     return record(inputs=[task.source], outputs=outputs, counts=dict(counts), faults=faults.faults)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import zstandard
+from isal.isal_zlib import crc32
 
 from data_prep.engine import Task, refuse_out_among, run_step
 from data_prep.errors import InputError
@@ -90,6 +91,7 @@ def partition_file(task: PartitionTask) -> Record:
     options = task.options
     faults = FaultPolicy(options.on_error)
     counts: Counter[str] = Counter()
+    checksums: dict[str, int] = {}
     writers: dict[str, BinaryIO] = {}
     with ExitStack() as stack:
         try:
@@ -101,14 +103,19 @@ def partition_file(task: PartitionTask) -> Record:
                     counts[folder] += 1
                     if folder not in writers:
                         writers[folder] = stack.enter_context(_zstd_writer(_partial(task, folder)))
-                    writers[folder].write(line if line.endswith(b"\n") else line + b"\n")
+                    line = line if line.endswith(b"\n") else line + b"\n"
+                    checksums[folder] = crc32(line, checksums.get(folder, 0))
+                    writers[folder].write(line)
         except BaseException:
             for folder in writers:
                 _partial(task, folder).unlink()
             raise
     for folder in writers:
         os.replace(_partial(task, folder), Path(task.out, folder, task.name))
-    outputs = {f"{folder}/{task.name}": {"rows": count} for folder, count in sorted(counts.items())}
+    outputs = {
+        f"{folder}/{task.name}": {"rows": count, "checksum": f"{checksums[folder]:08x}"}
+        for folder, count in sorted(counts.items())
+    }
     by_folder = {f"documents_{folder}": count for folder, count in counts.items()}
     return record(
         inputs=[task.source], outputs=outputs, counts={"documents": counts.total(), **by_folder}, faults=faults.faults

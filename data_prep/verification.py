@@ -4,7 +4,8 @@ Of each row: ids in range, a loss mask of 0 and 1, labels that are the following
 position without loss before one with it. Of a step's folder, against its manifest: the files and no others, their rows,
 a checksum over all rows that no lost, doubled or damaged row leaves as it was, their order, the documents that
 they are said to come from, the counts of rows and of padding; and for a shuffle, that it holds exactly the rows of its
-inputs, as far as they are still there.
+inputs, as far as they are still there. Of a step that writes lines: the files and no others, their lines' number and
+checksum.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ from typing import Any
 
 import h5py
 import numpy as np
+from isal.isal_zlib import crc32
 
 from data_prep.errors import InputError
-from data_prep.manifest import finished_manifest
+from data_prep.manifest import TASKS, finished_manifest
 from data_prep.sequences import CHECKSUM_RANGE, Checksums, SequenceFile, row_checksum, sequence_files
+from data_prep.sources import LINES_SUFFIXES, OWN_FILES
+from data_prep.streams import READ_SIZE, files_below, open_bytes
 
+LINES_STEPS = ("parquet2jsonl", "partition")
 # A file with a systematic fault has it in every row: this many are listed.
 ROWS_LISTED = 20
 
@@ -52,6 +57,8 @@ def verify(path: Path, vocab_size: int | None = None) -> list[str]:
         InputError: nothing there.
     """
     manifest = finished_manifest(path) if path.is_dir() else None
+    if manifest and manifest["step"] in LINES_STEPS:
+        return _unfinished(path) + _lines_against_manifest(path, manifest)
     faults: list[str] = []
     found: dict[str, dict[str, Any]] = {}
     settings = manifest["settings"] if manifest else {}
@@ -66,11 +73,40 @@ def verify(path: Path, vocab_size: int | None = None) -> list[str]:
         faults += file_faults
         found[name.relative_to(path).as_posix() if path.is_dir() else name.name] = found_there
     if path.is_dir():
-        faults += [f"{p}: is incomplete: run the step again" for p in sorted(path.rglob("*.partial"))]
-        if (path / ".tasks").exists():
-            faults.append(f"{path}: the step is not finished: run it again")
+        faults += _unfinished(path)
     if manifest:
         faults += _against_manifest(path, manifest, found)
+    return faults
+
+
+def _unfinished(path: Path) -> list[str]:
+    faults = [f"{p}: is incomplete: run the step again" for p in sorted(path.rglob("*.partial"))]
+    return [*faults, f"{path}: the step is not finished: run it again"] if (path / TASKS).exists() else faults
+
+
+def _lines_against_manifest(path: Path, manifest: dict[str, Any]) -> list[str]:
+    faults = []
+    stated = manifest["outputs"]
+    found = {p.relative_to(path).as_posix() for p in files_below(path) if p.name.endswith(LINES_SUFFIXES)}
+    for name in sorted(stated.keys() | found):
+        if name.startswith(f"{TASKS}/") or name in OWN_FILES:
+            continue
+        if name not in stated:
+            faults.append(f"{path / name}: is not in the manifest")
+            continue
+        rows = checksum = 0
+        try:
+            with open_bytes(str(path / name)) as lines:
+                while block := lines.read(READ_SIZE):
+                    rows += block.count(b"\n")
+                    checksum = crc32(block, checksum)
+        except InputError as error:
+            faults.append(str(error))
+            continue
+        if rows != stated[name]["rows"]:
+            faults.append(f"{path / name}: has {rows} lines, not {stated[name]['rows']} as stated")
+        elif stated[name].get("checksum", f"{checksum:08x}") != f"{checksum:08x}":  # earlier versions state none
+            faults.append(f"{path / name}: its lines are not those that were written (checksum {checksum:08x})")
     return faults
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import h5py
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 
 from data_prep.commands import main
 from data_prep.errors import InputError
@@ -219,6 +223,54 @@ def test_order_and_provenance(prepared: Path, step: str, change: Callable, messa
     if "cannot be read" in messages[0]:
         with pytest.raises(InputError, match="its provenance cannot be read"):
             main(["locate", str(path), "0"])
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def change_lines(path: Path, change: Callable[[bytes], bytes]) -> None:
+    with zstandard.open(path) if path.suffix == ".zst" else path.open("rb") as file:
+        content = change(file.read())
+    path.write_bytes(zstandard.compress(content) if path.suffix == ".zst" else content)
+
+
+def flip(path: Path) -> None:
+    change_lines(path, lambda content: content.replace(b"fox", b"fix", 1))
+
+
+def drop(path: Path) -> None:
+    change_lines(path, lambda content: content.split(b"\n", 1)[1])
+
+
+def copy(path: Path) -> None:
+    shutil.copy(path, path.with_name(f"more_{path.name}"))
+
+
+@pytest.mark.parametrize("name", ["lines/a.jsonl", "parts/train/a.jsonl.zst"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (cut, "a.jsonl: has 19 lines, not 20 as stated|a.jsonl.zst: damaged or cut off"),
+        (flip, "its lines are not those that were written"),
+        (drop, "lines, not "),
+        (copy, "more_a.jsonl(.zst)?: is not in the manifest"),
+        (Path.unlink, "no such file"),
+    ],
+)
+def test_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, change: Callable, message: str) -> None:
+    """Planted: the checksum not compared -> another word is nothing wrong, fails."""
+    texts = [f"{number} the quick brown fox" for number in range(20)]
+    pyarrow.parquet.write_table(pyarrow.table({"content": texts}), tmp_path / "a.parquet")
+    main(["parquet2jsonl", str(tmp_path / "a.parquet"), "--out", str(tmp_path / "lines")])
+    main(["partition", str(tmp_path / "lines"), "--out", str(tmp_path / "parts"), "--valid", "0.2"])
+    for folder in ("lines", "parts"):
+        assert verify(tmp_path / folder) == []
+    change(tmp_path / name)
+    (fault,) = verify(tmp_path / name.split("/")[0])
+    assert re.search(message, fault)
+    with pytest.raises(SystemExit):
+        main(["verify", str(tmp_path / name.split("/")[0])])
 
 
 def test_rows_of_conversations_are_well_formed() -> None:
