@@ -40,8 +40,8 @@ def full_disk(error: BaseException) -> str | None:
 
 @contextmanager
 def exit_on_bad_input() -> Iterator[None]:
-    """Turn an `InputError` into one line on stderr and exit code 2, and a closed stdout into the exit code of SIGPIPE,
-    both without a traceback.
+    """Turn an `InputError`, and a file that may not be touched, into one line on stderr and exit code 2, and a closed
+    stdout into the exit code of SIGPIPE, all without a traceback.
 
     In a distributed job every rank usually meets the same bad input: rank 0 speaks; the others give it the time to,
     then speak too if they are still alive (then the fault is theirs alone).
@@ -62,15 +62,25 @@ def exit_on_bad_input() -> Iterator[None]:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # what is still buffered has somewhere to go
         raise SystemExit(EXIT_BROKEN_PIPE) from None
-    except InputError as error:
+    except (InputError, OSError) as error:
+        told = str(error) if isinstance(error, InputError) else _forbidden(error)
+        if told is None:
+            raise
         if int(os.environ.get("RANK", "0")) != 0:
             time.sleep(3)
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"error: {' '.join(told.split())}", file=sys.stderr, flush=True)
         # os._exit would lose buffered output; SystemExit lets atexit handlers remove half-written files.
         raise SystemExit(EXIT_BAD_INPUT) from None
     finally:
         if stdout is not None:
             os.close(stdout)
+
+
+def _forbidden(error: OSError) -> str | None:
+    """What a user can do about a file or folder that the system does not let us touch; None for anything else."""
+    if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not error.filename:
+        return None
+    return f"{error.filename}: {os.strerror(error.errno)}: see to its permissions, or name another place"
 
 
 def _copy_of(descriptor: int) -> int | None:

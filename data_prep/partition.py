@@ -93,11 +93,13 @@ def partition_file(task: PartitionTask) -> Record:
     counts: Counter[str] = Counter()
     checksums: dict[str, int] = {}
     writers: dict[str, BinaryIO] = {}
+    number = 0  # of records that were read
     with ExitStack() as stack:
         try:
             with open_bytes(task.source) as stream:
-                for number, line in enumerate(stream):
+                for line in stream:
                     folder = _folder_of(line, number, task, faults)
+                    number += 1
                     if folder is None:
                         continue
                     counts[folder] += 1
@@ -106,10 +108,14 @@ def partition_file(task: PartitionTask) -> Record:
                     line = line if line.endswith(b"\n") else line + b"\n"
                     checksums[folder] = crc32(line, checksums.get(folder, 0))
                     writers[folder].write(line)
-        except BaseException:
-            for folder in writers:
-                _partial(task, folder).unlink()
-            raise
+        except BaseException as error:
+            if not isinstance(error, InputError) or options.on_error == "stop":
+                for folder in writers:
+                    _partial(task, folder).unlink()
+                raise
+            # The file is damaged or may not be read: what was read of it is kept.
+            reason = str(error).removeprefix(task.source).lstrip(": ")
+            faults(Fault(task.source, f"after {number}", f"{reason}; the rest is left out"))
     for folder in writers:
         os.replace(_partial(task, folder), Path(task.out, folder, task.name))
     outputs = {

@@ -101,3 +101,24 @@ def test_bad_records(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("x")
     with pytest.raises(InputError, match=r"b\.txt: is not JSON lines"):
         main(["partition", str(tmp_path), "--out", str(tmp_path / "none"), "--valid", "0.5"])
+
+
+def test_a_damaged_file_is_skipped(mixed: Path, tmp_path: Path) -> None:
+    """What can be read of it is kept, the rest listed. Planted: as before, the step stops in any case -> fails."""
+    path = mixed / "chunk0/x.jsonl.zst"
+    lines = "".join(
+        json.dumps({"text": f"{k} {os.urandom(400).hex()}", "meta": {"set": "C4"}}) + "\n" for k in range(900)
+    )
+    path.write_bytes(zstandard.compress(lines.encode())[:-40])
+    command = ["partition", str(mixed), "--out", str(tmp_path / "out"), "--key", "meta.set"]
+    with pytest.raises(InputError, match=r"chunk0/x\.jsonl\.zst: damaged or cut off"):
+        main(command)
+    assert not (tmp_path / "out").exists()
+    main([*command, "--on-error", "skip"])
+    (reject,) = map(json.loads, (tmp_path / "out/rejects.jsonl").open())
+    whole = int(reject["place"].removeprefix("after "))
+    assert 0 < whole < 900
+    assert "damaged or cut off" in reject["reason"]
+    counts = json.loads((tmp_path / "out/manifest.json").read_text())["counts"]
+    assert counts == {"documents": 200 + whole, "documents_C4": 67 + whole, "documents_Wiki": 133, "rejected": 1}
+    assert len(texts(tmp_path / "out/C4/chunk0")) == whole

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from data_prep.errors import exit_on_bad_input
 
 ROWS = "fixtures/data/out/tok/star_2048_p1/examples_0_0.h5"
 
@@ -39,3 +42,16 @@ def test_output_that_nobody_reads(command: str, repo_root: Path, shared: Path) -
     finally:
         os.close(write)
     assert (done.stderr, done.returncode) == ("", 141)
+
+
+def test_a_place_that_may_not_be_touched(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line, however deep down it was met; what is no matter of permissions keeps its traceback.
+
+    Planted: only InputError told -> a traceback, fails.
+    """
+    with pytest.raises(SystemExit) as stop, exit_on_bad_input():
+        raise PermissionError(errno.EACCES, "Permission denied", "/root/x/manifest.json")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: /root/x/manifest.json: Permission denied: ")
+    with pytest.raises(FileNotFoundError), exit_on_bad_input():
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "a")
