@@ -61,20 +61,21 @@ def by_weight(gradient_to: Tensor, x_ti: Tensor) -> Tensor:
 def add_by_weight(total_oi: Tensor, gradient_to: Tensor, x_ti: Tensor) -> None:
     """Add g^T x to the fp32 `total_oi`; x as in `by_weight`.
 
-    On CUDA the sum stays in fp32 from the first product on, also for bf16.
+    On CUDA the sum stays in fp32 from the first product on, also for bf16, where torch can do that.
     """
     x_ti = x_ti.flatten(0, -2)
     if total_oi.dtype == x_ti.dtype and not _by_onednn(x_ti):
         total_oi.addmm_(gradient_to.t(), x_ti)
-    elif x_ti.is_cuda and _cuda_adds_to_fp32():
+    elif x_ti.is_cuda and cuda_adds_to_fp32():
         torch.addmm(total_oi, gradient_to.t(), x_ti, out_dtype=total_oi.dtype, out=total_oi)
     else:
         total_oi.add_(by_weight(gradient_to, x_ti))
 
 
 @cache
-def _cuda_adds_to_fp32() -> bool:
-    """Whether this torch adds a bf16 product to an fp32 matrix in one call (torch 2.8 and later do)."""
+def cuda_adds_to_fp32() -> bool:
+    """Whether this torch adds a bf16 product to an fp32 matrix in one call: 2.10 does; 2.8 and 2.9 know the call, and
+    want both in bf16."""
     total, ones = torch.zeros(16, 16, device="cuda"), torch.ones(16, 16, device="cuda", dtype=torch.bfloat16)
     try:
         torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
