@@ -326,7 +326,7 @@ def inspect(
     if sample and not tokenizer:
         raise InputError(f"--sample {sample[0]}: name the --tokenizer to decode it with")
     loaded = load_tokenizer(tokenizer) if tokenizer else None
-    show(path, loaded, samples=sample or [0], console=Console(highlight=False))
+    show(path, loaded, samples=sample, console=Console(highlight=False))
 
 
 @app.command()

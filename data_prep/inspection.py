@@ -105,7 +105,7 @@ def _text_of(span: Span) -> str | None:
         return None
 
 
-def show(path: Path, tokenizer: Tokenizer | None, *, samples: list[int], console: Console) -> Statistics:
+def show(path: Path, tokenizer: Tokenizer | None, *, samples: list[int] | None, console: Console) -> Statistics:
     """Print layout, statistics, the manifest's counts, and the sequences numbered `samples` of the first file.
 
     Raises:
@@ -113,6 +113,8 @@ def show(path: Path, tokenizer: Tokenizer | None, *, samples: list[int], console
     """
     if tokenizer:  # before all is read
         file = SequenceFile(sequence_files(path, recursive=True)[0])
+        if samples is None:
+            samples = [0] if len(file) else []
         for number in samples:
             if not 0 <= number < len(file):
                 raise InputError(f"{file.path}: --sample {number}: it has sequences 0 to {len(file) - 1}")
@@ -137,7 +139,7 @@ def show(path: Path, tokenizer: Tokenizer | None, *, samples: list[int], console
             table.add_row(f"  {name}", str(count))
     console.print(table)
     if tokenizer:
-        for number in samples:
+        for number in samples or ():
             console.rule(f"{file.path} sequence {number}")
             console.print(coloured(file[number], tokenizer))
     return found

@@ -197,7 +197,12 @@ class SequenceFile:
             dataset = self._file.get("data")
             if not isinstance(dataset, h5py.Dataset):
                 raise InputError(f"{self.path}: has no dataset 'data': is it a file of sequences?")
-            if dataset.ndim != 3 or dataset.shape[1] != PLANES or dataset.dtype.kind not in "iu":
+            if (
+                dataset.ndim != 3
+                or dataset.shape[1] != PLANES
+                or not dataset.shape[2]
+                or dataset.dtype.kind not in "iu"
+            ):
                 raise InputError(
                     f"{self.path}: 'data' is {dataset.dtype} {dataset.shape}, not int32 (n, 3, max_seq_length)"
                 )
@@ -331,18 +336,29 @@ def sequence_files(path: str | Path, *, recursive: bool = False) -> list[Path]:
     """The sequence files at `path` (a file, or a folder's `*.h5`), sorted by path: the order never depends on the disk.
 
     Raises:
-        InputError: nothing there.
+        InputError: nothing there, or a link to nothing.
     """
     path = Path(path)
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise InputError(f"{path}: no such file or folder of {SUFFIX} sequence files")
-    files = sorted(p for p in (path.rglob("*" + SUFFIX) if recursive else path.glob("*" + SUFFIX)) if p.is_file())
+    files = sorted(p for p in (path.rglob("*" + SUFFIX) if recursive else path.glob("*" + SUFFIX)) if _is_there(p))
     if not files:
         below = " (there are some in folders below it: name those)" if any(path.rglob("*" + SUFFIX)) else ""
         raise InputError(f"{path}: holds no {SUFFIX} sequence files{below}")
     return files
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a path that a folder lists is a file.
+
+    Raises:
+        InputError: it is a link to nothing, which must not pass for one file less.
+    """
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"{path}: is a link to {path.readlink()}, which is not there: make it again, or remove it")
+    return path.is_file()
 
 
 def _first_line(error: BaseException) -> str:

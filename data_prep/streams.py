@@ -24,6 +24,8 @@ READ_SIZE = 1 << 20
 def files_below(folder: Path) -> list[Path]:
     """All files below a folder, sorted by path; unlike `Path.rglob` it does not pass over what it may not list.
 
+    Links to nothing are among them: who wants to read one is told.
+
     Raises:
         InputError: a folder that cannot be listed.
     """
@@ -32,7 +34,7 @@ def files_below(folder: Path) -> list[Path]:
         raise InputError(f"{error.filename}: cannot be listed ({error.strerror})")
 
     found = (Path(place, name) for place, _, names in os.walk(folder, onerror=fail) for name in names)
-    return sorted(path for path in found if path.is_file())
+    return sorted(path for path in found if path.is_file() or path.is_symlink())
 
 
 def is_url(path: str) -> bool:

@@ -107,6 +107,22 @@ def test_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         list(read_documents(tmp_path / "a.jsonl", FaultPolicy()))
 
 
+def test_a_link_to_nothing(tmp_path: Path, tokenizer_file: Path) -> None:
+    """Planted: `is_file` alone -> a corpus without that file, no error, fails."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jsonl").write_bytes(lines("one"))
+    for name in ("b.jsonl", "c.parquet", "notes"):
+        (tmp_path / "in" / name).symlink_to("../gone")
+    common = [str(tmp_path / "in"), "--out", str(tmp_path / "out")]
+    with pytest.raises(InputError, match=r"in/b\.jsonl: cannot be read .No such file"):
+        main(["tokenize", *common, "--tokenizer", str(tokenizer_file)])
+    with pytest.raises(InputError, match=r"in/c\.parquet: cannot be read .No such file"):
+        main(["parquet2jsonl", *common])
+    (tmp_path / "in/b.jsonl").unlink()
+    (tmp_path / "in/c.parquet").unlink()
+    main(["tokenize", *common, "--tokenizer", str(tokenizer_file)])
+
+
 def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: `Path.rglob`, which passes over it -> a corpus without that folder, no error, fails."""
     (tmp_path / "in/sub").mkdir(parents=True)

@@ -165,3 +165,24 @@ def test_files_are_sorted_and_complete_only(tmp_path: Path) -> None:
     assert [p.name for p in sequence_files(tmp_path)] == ["a.h5", "b.h5"]
     assert [p.name for p in sequence_files(tmp_path, recursive=True)] == ["a.h5", "b.h5", "c.h5"]
     assert sequence_files(tmp_path / "a.h5") == [tmp_path / "a.h5"]
+
+
+def test_a_link_to_nothing(tmp_path: Path) -> None:
+    """As `split` leaves them when the folder is moved. Planted: passed over -> a folder with one file less, fails."""
+    rows = make_rows(2, 8)
+    for name in ("a", "b"):
+        with SequenceWriter(tmp_path / f"rows/{name}.h5", 8) as writer:
+            writer.write(rows)
+    (tmp_path / "rows/c.h5").symlink_to("../gone/c.h5")
+    with pytest.raises(InputError, match=r"rows/c\.h5: is a link to \.\./gone/c\.h5, which is not there"):
+        sequence_files(tmp_path / "rows")
+    (tmp_path / "rows/c.h5").unlink()
+    assert len(sequence_files(tmp_path / "rows")) == 2
+
+
+def test_sequences_without_positions(tmp_path: Path) -> None:
+    """Planted: taken for sequences -> `verify` and `inspect` end in a traceback, fails."""
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["data"] = np.zeros((3, 3, 0), np.int32)
+    with pytest.raises(InputError, match=r"'data' is int32 \(3, 3, 0\), not"):
+        SequenceFile(tmp_path / "a.h5")
