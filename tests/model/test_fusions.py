@@ -247,6 +247,17 @@ def test_each_fusion_equals_the_plain_model_over_ranks(parallel: ParallelConfig)
         check(found, 2e-5)
 
 
+def test_what_a_gpu_compiles_is_right_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The functions that torch.compile is given, uncompiled. Planted: the labels' places subtracted as booleans, which
+    torch refuses but some of its compilers let pass."""
+    from megatron.crystalcoder.model.kernels import compiled
+    from tools.bench.kernel_checks import SMALL, run_checks
+
+    monkeypatch.setattr(compiled, "_compiled", lambda function, any_size: function)
+    checks = list(run_checks(torch.device("cpu"), SMALL, compiled=True))
+    assert [check for check in checks if not check.passed] == []
+
+
 def test_names_of_fusions() -> None:
     assert parse_fusions("all") == frozenset(FUSIONS)
     assert parse_fusions("none") == frozenset()

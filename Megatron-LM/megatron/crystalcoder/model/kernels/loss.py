@@ -122,7 +122,7 @@ def _gradient(logits_tv: Tensor, log_sum_t: Tensor, labels_t: Tensor, gradient_t
     """(softmax - one_hot(label)) * scale * gradient, in the logits' dtype."""
     softmax = (logits_tv.float() * scale - log_sum_t[:, None]).exp()
     is_label = torch.arange(logits_tv.shape[1], device=logits_tv.device) == labels_t[:, None]
-    return ((softmax - is_label) * (gradient_t * scale)[:, None]).to(logits_tv.dtype)
+    return ((softmax - is_label.float()) * (gradient_t * scale)[:, None]).to(logits_tv.dtype)
 
 
 def _gradient_in_place(
