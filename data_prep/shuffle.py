@@ -9,7 +9,7 @@ pieces. While the step runs, --out takes twice the room of its data.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +17,10 @@ import numpy as np
 
 from data_prep.engine import Stage, Task, refuse_out_among, run_step
 from data_prep.errors import InputError
-from data_prep.manifest import TASKS, Record, input_identity, record
+from data_prep.manifest import MANIFEST, TASKS, Record, finished_manifest, input_identity, record
 from data_prep.permutation import Permutation
 from data_prep.provenance import SpanTable
-from data_prep.sequences import SequenceFile, SequenceWriter, sequence_files
+from data_prep.sequences import CHECKSUM_RANGE, SequenceFile, SequenceWriter, sequence_files
 from data_prep.spill import Spill, write_spill
 
 # About so many bytes of compressed rows are held at a time, in either pass.
@@ -96,7 +96,7 @@ def shuffle(
         target = str(out / f"data-{number:05d}.h5")
         tasks.append(Task(f"data-{number:05d}", ShuffleTask(spills, start, stop, block, next(iter(lengths)), target)))
     settings = {"files": files, "seed": seed, "inputs": [input_identity(path) for path in sources]}
-    return run_step(
+    manifest = run_step(
         "shuffle",
         out,
         tasks,
@@ -106,6 +106,14 @@ def shuffle(
         processes=processes,
         overwrite=overwrite,
     )
+    # Rows are moved as they lie, deflated: here a damaged one would go unnoticed up to training.
+    stated = stated_checksum(sources)
+    if stated is not None and stated != sum_of_checksums(manifest["outputs"].values()):
+        raise InputError(
+            f"{out}: holds other rows than its inputs' manifests state, so an input was damaged or changed since it "
+            "was written: find it with `crystalcoder data verify`, write it again, and this with --overwrite"
+        )
+    return manifest
 
 
 def _spill_tasks(
@@ -149,6 +157,29 @@ def shuffle_file(task: ShuffleTask) -> Record:
         for start in range(task.start, task.stop, task.block):
             writer.write_compressed(*_collect(spills, start, min(start + task.block, task.stop)))
     return record(outputs={Path(task.target).name: writer.summary}, counts={"sequences": writer.num_rows})
+
+
+def stated_checksum(sources: Sequence[Path]) -> int | None:
+    """The checksum of the rows of all sources, as the manifests of the folders that they lie in state it; None if one
+    does not say."""
+    found: dict[Path, tuple[Path, dict[str, Any]] | None] = {}
+    stated = []
+    for path in (source.resolve() for source in sources):
+        if path.parent not in found:
+            above = next((folder for folder in path.parents if (folder / MANIFEST).is_file()), None)
+            manifest = finished_manifest(above) if above else None
+            found[path.parent] = (above, manifest["outputs"]) if above and manifest else None
+        outputs = found[path.parent]
+        file = outputs and outputs[1].get(path.relative_to(outputs[0]).as_posix())
+        if not file or "checksum" not in file:
+            return None
+        stated.append(file)
+    return sum_of_checksums(stated)
+
+
+def sum_of_checksums(files: Iterable[dict[str, Any]]) -> int:
+    """The checksum of the rows of all these files together."""
+    return sum(int(file["checksum"], 16) for file in files) % CHECKSUM_RANGE
 
 
 def _collect(spills: Sequence[Spill], start: int, stop: int) -> tuple[list[bytes], SpanTable | None]:

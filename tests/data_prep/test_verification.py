@@ -165,6 +165,23 @@ def test_damage_that_h5py_does_not_see(prepared: Path) -> None:
     assert verify(prepared / "tok") == [f"{prepared / 'tok'}: the step is not finished: run it again"]
 
 
+def test_a_damaged_row_is_not_shuffled_in_silence(prepared: Path) -> None:
+    """Rows are moved deflated. Planted: what the input's manifest states not compared -> no error, fails."""
+    main(["split", str(prepared / "tok")])
+    halves = [str(prepared / f"tok_part{half}of2") for half in range(1)]
+    main(["shuffle", *halves, str(prepared / "fim"), "--out", str(prepared / "good"), "--files", "2"])
+    path = prepared / "tok/examples_0_0.h5"
+    with SequenceFile(path) as file:
+        chunk = file.read_compressed(2)
+    path.write_bytes(path.read_bytes().replace(chunk, chunk[:-9] + b"\0" + chunk[-8:]))
+    command = ["shuffle", *halves, str(prepared / "fim"), "--out", str(prepared / "bad"), "--files", "2"]
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"bad: holds other rows than its inputs' manifests state"):
+            main(command)
+    shutil.copytree(prepared / "tok", prepared / "bare", ignore=shutil.ignore_patterns("manifest.json"))
+    main(["shuffle", str(prepared / "bare"), "--out", str(prepared / "unknown"), "--files", "2"])
+
+
 def test_rows_in_the_wrong_file(folder: Path) -> None:
     """A row that changed places with one of another file: all are there once, and both files are named."""
     first, second = folder / "data-00000.h5", folder / "data-00001.h5"
