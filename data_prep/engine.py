@@ -229,7 +229,7 @@ def _claim(out: Path, fingerprint: str, *, skips: bool, overwrite: bool) -> None
         begun = {TASKS, f"{mark.name}.partial"}  # all there is of a run that died before it had made `out` its own
         if any(path.name not in begun for path in out.rglob("*")):
             if not overwrite:
-                what = "the output of other settings" if ours else "files already"
+                what = "the output of other settings or inputs" if ours else "files already"
                 raise InputError(f"{out}: holds {what}: name another --out, or --overwrite")
             if not ours and not any(out.rglob("*.h5")):
                 # A slip in --out must not cost someone a folder.

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import InputError
-from data_prep.streams import size_of
+from data_prep.streams import is_url, size_of
 
 MANIFEST = "manifest.json"
 REJECTS = "rejects.jsonl"
 TASKS = ".tasks"  # folder of a step that is not finished yet: what is done so far
 FORMAT = 1
+ENDS = 1 << 16
 
 Record = dict[str, Any]
 
@@ -45,8 +46,26 @@ def fingerprint_of(step: str, settings: dict[str, Any]) -> str:
 
 
 def input_identity(path: str | Path) -> dict[str, Any]:
-    """An input as the settings name it: path and size. A changed size makes the step start over."""
-    return {"path": str(path), "bytes": size_of(str(path))}
+    """An input as the settings name it: path, size, and a hash of its ends. If one changes, the input is another."""
+    return {"path": str(path), "bytes": size_of(str(path)), "hash_of_ends": _hash_of_ends(str(path))}
+
+
+def _hash_of_ends(path: str) -> str | None:
+    """A hash of a file's first and last ENDS bytes: a corpus is too large to be read once more for this, and what is
+    packed ends with a checksum or an index. None behind a URL, and for what cannot be read (who reads it says so).
+    """
+    if is_url(path):
+        return None
+    try:
+        with Path(path).open("rb", buffering=0) as file:
+            digest = hashlib.blake2b(file.read(ENDS), digest_size=8)
+            size = os.fstat(file.fileno()).st_size
+            if size > ENDS:
+                file.seek(max(ENDS, size - ENDS))
+                digest.update(file.read(ENDS))
+    except OSError:
+        return None
+    return digest.hexdigest()
 
 
 def finished_manifest(out: Path) -> dict[str, Any] | None:

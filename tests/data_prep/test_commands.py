@@ -273,6 +273,23 @@ def test_inputs_are_safe(corpus: Path, tmp_path: Path, tokenizer_file: Path, mon
         assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}, command
 
 
+def test_an_input_that_changes_and_keeps_its_size(tmp_path: Path, tokenizer_file: Path) -> None:
+    """Near its start or its end; a changed time is no change. Planted: size alone -> "already done", fails."""
+    path, out = tmp_path / "a.jsonl", tmp_path / "out"
+    lines = "".join(json.dumps({"text": f"{number:06d} " * 30}) + "\n" for number in range(1000))
+    path.write_text(lines)
+    command = ["tokenize", str(path), "--out", str(out), "--tokenizer", str(tokenizer_file)]
+    main(command)
+    os.utime(path, (1, 1))
+    main(command)
+    for old, new in (("000003", "000004"), ("000998", "000999")):
+        path.write_text(lines.replace(old, new, 1))
+        with pytest.raises(InputError, match="the output of other settings or inputs"):
+            main(command)
+    path.write_text(lines)
+    main(command)
+
+
 def test_out_below_the_inputs(corpus: Path, tmp_path: Path, tokenizer_file: Path) -> None:
     """Tokenising may write there, and a relaunch does not take what a killed run has left for texts; where a relaunch
     would read its own output, it is refused at once.
