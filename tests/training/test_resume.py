@@ -227,6 +227,36 @@ def test_refused_in_one_line(runs: tuple[Path, Any], case: str, words: list[str]
     assert messages["left behind"] == "False"
 
 
+def bytes_to_save(parallel: ParallelConfig) -> int:
+    """Bytes of the optimizer's moments and weights that this rank holds while it saves, and all of them in the host."""
+    from megatron.crystalcoder import platform
+    from megatron.crystalcoder.training import run_state
+    from megatron.crystalcoder.training.loop import build
+    from megatron.crystalcoder.training.resume import Start
+
+    platform.initialize_model_parallel(parallel)
+    config = tiny_config(Path(), parallel=parallel)
+    model, optimizer = build(config, Start("test", cast(Any, tiny_weights())))
+    optimizer.prepare_grads()  # zeros: a first step makes the moments
+    optimizer.step_with_ready_grads()
+    states: list[dict[str, Any]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_state.dist_checkpointing, "save", lambda state, *_, **__: states.append(state))
+        run_state._save_torch_dist(Path(), {}, model, optimizer)
+    parts = (states[0]["optimizer"]["param_state"] or {}).values()
+    return sum(each.data.nbytes for part in parts for each in part.values())
+
+
+def test_one_rank_gathers_the_moments() -> None:
+    """megatron-core's usual way has all of them on every rank: 79 GB of the 7B model, eight times in a node's memory.
+
+    Planted: that way, fails.
+    """
+    held = run_on_ranks(2, bytes_to_save, DP2)
+    assert held[0] == 12 * TINY.num_parameters
+    assert held[1] == 0
+
+
 def test_random_states_of_another_kind_of_device_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's generator takes states of 16 bytes, a CPU's of 5056: megatron-core would set one of the wrong kind amid
     the first layer. Planted: set whatever was saved, fails."""
