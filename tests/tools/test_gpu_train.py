@@ -177,6 +177,21 @@ def test_settings_follow_the_memory() -> None:
         assert gpu_train._config(shape, "fp8", None).model.num_layers == layers
 
 
+def test_a_driver_without_mapped_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    settings: list[str] = []
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", settings.append)
+    gpu_train.take_first_memory()
+    assert settings == []
+
+    def zeros(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("CUDA driver error: operation not supported")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    gpu_train.take_first_memory()
+    assert settings == ["expandable_segments:False"]
+    assert "operation not supported" in capsys.readouterr().out
+
+
 def test_what_does_not_fit_in_fact_is_tried_in_less(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: the first out of memory taken for the shape's result, fails."""
     tried: list[int] = []

@@ -158,6 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # Else the gaps between blocks of many sizes take memory that the full model needs.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         platform.initialize()
+        if torch.cuda.is_available():
+            take_first_memory()
 
         command = " ".join(["python -m tools.bench.gpu_train", *given])
         found = Found(command, _sizes(shapes), options.out, options.json)
@@ -176,6 +178,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         wrong = not all(each.passed for each in found.checks)
         if found.broken or wrong or any(each.failure not in left_out for each in found.measured):
             raise SystemExit(1)
+
+
+def take_first_memory() -> None:
+    """Find out whether the driver maps memory piece by piece; where it does not (a sandbox), go on with whole blocks."""
+    try:
+        torch.zeros(1 << 22, device=platform.device())
+    except RuntimeError as error:
+        print(f"no expandable segments here: {one_line(error)}", flush=True)
+        torch.cuda.memory._set_allocator_settings("expandable_segments:False")
 
 
 @dataclass
