@@ -181,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def take_first_memory() -> None:
-    """Find out whether the driver maps memory piece by piece; where it does not (a sandbox), go on with whole blocks."""
+    """Ask whether the driver maps memory piece by piece; where it does not (a sandbox), go on with whole blocks."""
     try:
         torch.zeros(1 << 22, device=platform.device())
     except RuntimeError as error:
