@@ -129,7 +129,7 @@ def partition(
     engine: Engine = EngineKind.local,
     engine_option: EngineOptions = None,
 ) -> None:
-    """Sort documents into folders: OUT/[train|valid]/[<value of the key>]/<input name>.jsonl.zst."""
+    r"""Sort documents into folders: OUT/\[train|valid]/\[<value of the key>]/<input name>.jsonl.zst."""
     from data_prep.partition import PartitionOptions
     from data_prep.partition import partition as partition_files
 
@@ -144,7 +144,7 @@ def tokenize(
     out: Out,
     tokenizer: TokenizerFile,
     max_seq_length: Annotated[int, typer.Option(min=2, help="Positions of a sequence")] = 2048,
-    text_key: Annotated[str | None, typer.Option(help="Key of the text [text; parquet: also content]")] = None,
+    text_key: Annotated[str | None, typer.Option(help=r"Key of the text \[text; parquet: also content]")] = None,
     text_suffixes: Annotated[str, typer.Option(help="Files that are one document each: .py,.js")] = "",
     fim_rate: Annotated[
         float, typer.Option(min=0, max=1, help="Share of documents to transform with FIM before packing")

@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -336,7 +337,10 @@ def _pool(processes: int, context: Any) -> ProcessPoolExecutor:
 
 
 def _end_with(parent: int) -> None:
-    """End this worker soon after its parent was killed: a relaunch must not meet it writing the same files."""
+    """End this worker soon after its parent was killed: a relaunch must not meet it writing the same files; and at once
+    at Ctrl-C, for a KeyboardInterrupt inside of a queue leaves its lock to nobody, and the pool waits for ever.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def watch() -> None:
         while os.getppid() == parent:

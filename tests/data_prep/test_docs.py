@@ -6,9 +6,11 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
 import typer
 
 from data_prep import commands
@@ -24,6 +26,18 @@ def test_every_option_is_there(repo_root: Path) -> None:
             flag for parameter in command.params if parameter.param_type_name == "option" for flag in parameter.opts
         ]
         assert [flag for flag in options if flag != "--help" and not re.search(rf"{flag}\b", text)] == []
+
+
+def test_help_shows_what_is_in_brackets(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """rich takes `[word …]` for markup. Planted: no backslash before them -> "OUT//", fails."""
+    monkeypatch.setenv("COLUMNS", "200")
+    for command, words in (
+        ("partition", "OUT/[train|valid]/[<value of the key>]/"),
+        ("tokenize", "[text; parquet: also"),
+    ):
+        with suppress(SystemExit):
+            commands.main([command, "--help"])
+        assert words in capsys.readouterr().out
 
 
 def test_the_first_run(repo_root: Path, tmp_path: Path, tokenizer_file: Path) -> None:

@@ -303,6 +303,18 @@ def test_a_worker_is_killed(tmp_path: Path) -> None:
     assert manifest["counts"]["tasks"] == 3
 
 
+def how_it_is_interrupted(_: str) -> dict[str, object]:
+    return record(counts={"dies_at_once": signal.getsignal(signal.SIGINT) is signal.SIG_DFL})
+
+
+def test_workers_die_of_an_interrupt(tmp_path: Path) -> None:
+    """Ctrl-C goes to all processes. Planted: KeyboardInterrupt in the workers -> fails here; at a terminal, with six
+    workers, every fourth such command hung, for the interrupt left a queue's lock to nobody."""
+    tasks = [Task(name, name) for name in "abc"]
+    manifest = run_step("ask", tmp_path / "out", tasks, how_it_is_interrupted, settings={}, processes=2)
+    assert manifest["counts"]["dies_at_once"] == 3
+
+
 def test_a_run_that_stopped_goes_on_with_skip(tmp_path: Path, tokenizer_file: Path) -> None:
     """What was done before the bad record is kept; the bytes are those of a run that skipped from the start. Not the
     other way round: what skipped has left something out. Planted: on_error in the fingerprint -> refused, fails."""
