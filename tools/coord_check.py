@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from data_prep.errors import exit_on_bad_input
+from data_prep.errors import InputError, exit_on_bad_input
 from tools import width_sweep
 
 # A slope of log size over log width below this counts as flat.
@@ -27,6 +27,8 @@ def main(arguments: list[str]) -> None:
     )
     top.add_argument("--lr", type=float, help="constant learning rate; default: a twentieth of the file's peak")
     options = top.parse_intermixed_args(arguments)
+    if options.lr is not None and not 0 < options.lr < float("inf"):
+        raise InputError(f"--lr {options.lr:g}: must be above 0 and finite")
     params, config = width_sweep.read(options)
     if width_sweep.on_ranks("tools.coord_check", options, arguments):
         return

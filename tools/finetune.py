@@ -28,9 +28,8 @@ if TYPE_CHECKING:
     from megatron.crystalcoder.checkpoint.open import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 SCRIPT = ROOT / "Megatron-LM" / "pretrain_crystalcoder_inst.py"
-# Beside a run's checkpoints: the data and the model that it began with, for `export`.
-RUN_FILE = "finetune.json"
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -64,6 +63,8 @@ def run(
     """
     facts = _prepared(data)
     settings = facts["settings"]
+    # Every checkpoint records both, for `export`, which may be called from elsewhere.
+    data, load = data.resolve(), load.resolve()
     ranks = processes or max(_gpus(), tp * pp)
     flags: list[Any] = ["--load", load, "--save", save, "--use-checkpoint-args", "--exit-on-missing-checkpoint"]
     flags += ["--data-path", data, "--seq-length", settings["max_seq_length"], "--dataloader-type", "shuffled"]
@@ -74,6 +75,8 @@ def run(
     flags += ["--adam-beta1", 0.9, "--adam-beta2", 0.95, "--adam-eps", 1e-8]
     if settings["packing"] == "best-fit":
         flags.append("--isolate-documents")
+    if patience and not eval_interval:
+        raise InputError("--patience counts evaluations, and --eval-interval 0 makes none: drop one of them")
     if VALID in facts and eval_interval:
         flags += ["--valid-data-path", data / VALID, "--eval-interval", eval_interval, "--keep-best"]
         if patience:
@@ -86,8 +89,6 @@ def run(
         flags.append("--bf16")
     command = [sys.executable, "-m", "megatron.crystalcoder.training.launch", "--nproc-per-node", str(ranks)]
     command += ["--standalone", "--max-restarts", str(max_restarts), str(SCRIPT), *map(str, flags), *context.args]
-    save.mkdir(parents=True, exist_ok=True)
-    (save / RUN_FILE).write_text(json.dumps({"data": str(data.resolve()), "load": str(load.resolve())}) + "\n")
     path = os.pathsep.join([str(ROOT / "Megatron-LM"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     threads = max(1, (os.cpu_count() or 1) // ranks)
     environment = {"OMP_NUM_THREADS": str(threads), "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONWARNINGS": "ignore"}
@@ -116,21 +117,26 @@ def export(
     to: Annotated[Path, typer.Option(help="Hugging Face directory to write; must not exist yet")],
     best: Annotated[bool, typer.Option("--best", help="the checkpoint of the lowest evaluation loss")] = False,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="folder of the tokenizer files [default: the one that the run began with]")
+        Path | None,
+        typer.Option(help="tokenizer.json, or a folder of tokenizer files [default: those that the run began with]"),
     ] = None,
 ) -> None:
     """Write a run's model as a Hugging Face directory; an adapter is merged, and also stands in TO/adapter for PEFT."""
     from megatron.crystalcoder.checkpoint.adapter import ADAPTER, merge_into, read_adapter
-    from megatron.crystalcoder.checkpoint.companions import TOKENIZER_FILES
+    from megatron.crystalcoder.checkpoint.companions import TOKENIZER_FILES, tokenizer_files
     from megatron.crystalcoder.checkpoint.convert import convert
     from megatron.crystalcoder.checkpoint.open import open_checkpoint
 
     checkpoint = open_checkpoint(run_directory / "best" if best else run_directory)
-    began = _began(run_directory, checkpoint)
+    began = _began(checkpoint)
     if to.exists():
         raise InputError(f"{to}: exists already: choose another --to")
-    if tokenizer is None and "load" in began and Path(began["load"]).is_dir():
-        tokenizer = open_checkpoint(began["load"]).hf_files
+    given: dict[str, Path] = {}
+    if tokenizer is not None:
+        given = tokenizer_files(tokenizer)
+    elif "load" in began and Path(began["load"]).is_dir():
+        carried = open_checkpoint(began["load"]).hf_files
+        given = {name: carried / name for name in TOKENIZER_FILES if carried and (carried / name).is_file()}
     partial = to.with_name(f".{to.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -141,9 +147,11 @@ def export(
             convert(Path(base), partial, format="hf", report=lambda line: None)
             merge_into(partial, read_adapter(checkpoint.adapter, checkpoint.config))
             shutil.copytree(checkpoint.adapter, partial / ADAPTER)
-        for name in TOKENIZER_FILES:
-            if tokenizer is not None and (tokenizer / name).is_file():
-                shutil.copyfile(tokenizer / name, partial / name)
+        if given:  # of one tokenizer, not parts of two
+            for name in {*TOKENIZER_FILES} - {CHAT_TEMPLATE_FILE}:
+                (partial / name).unlink(missing_ok=True)
+        for name, file in given.items():
+            shutil.copyfile(file, partial / name)
         if "data" in began:
             _write_chat_format(partial, Path(began["data"]))
         partial.rename(to)
@@ -169,7 +177,7 @@ def _write_chat_format(folder: Path, data: Path) -> None:
     if not (folder / "tokenizer.json").is_file():
         return
     template, tokenizer = template_beside(data), load_tokenizer(folder)
-    (folder / "chat_template.jinja").write_text(jinja_template(template, sorted(tokenizer.controls)), encoding="utf-8")
+    (folder / CHAT_TEMPLATE_FILE).write_text(jinja_template(template, sorted(tokenizer.controls)), encoding="utf-8")
     if not (folder / "tokenizer_config.json").is_file():
         _write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer.controls))
     settings = json.loads((folder / "generation_config.json").read_text())
@@ -181,15 +189,12 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _began(run_directory: Path, checkpoint: Checkpoint) -> dict[str, str]:
-    """The data and the model that a run began with: as `run` wrote them down, else as the trainer recorded them."""
-    try:
-        began: dict[str, str] = json.loads((run_directory / RUN_FILE).read_text())
-    except (OSError, ValueError):
-        recorded = json.loads(getattr(checkpoint.args, "run_config", "{}"))
-        began = {"load": recorded["load"]} if recorded.get("load") else {}
-        if len(paths := recorded.get("data", {}).get("paths", ())) == 1:
-            began["data"] = paths[0]
+def _began(checkpoint: Checkpoint) -> dict[str, str]:
+    """The data and the model that a run began with, as its checkpoint records them."""
+    recorded = json.loads(getattr(checkpoint.args, "run_config", "{}"))
+    began = {"load": recorded["load"]} if recorded.get("load") else {}
+    if len(paths := recorded.get("data", {}).get("paths", ())) == 1:
+        began["data"] = paths[0]
     return began
 
 

@@ -44,7 +44,7 @@ def numbers(kind: Any) -> Any:
             values = [kind(part) for part in text.split(",")]
         except ValueError:
             values = []
-        if not values or min(values) <= 0 or values != sorted(set(values)):
+        if not values or not all(0 < value < float("inf") for value in values) or values != sorted(set(values)):
             raise argparse.ArgumentTypeError(f"'{text}': write rising numbers above 0, as in 64,128,256")
         return values
 
@@ -58,6 +58,8 @@ def read(options: argparse.Namespace) -> tuple[Params, TrainConfig]:
             raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
     if len(options.widths) < 2:
         raise InputError(f"--widths {options.widths[0]}: a comparison needs two at least")
+    if any(each.exists() and not each.is_dir() for each in (options.out, *options.out.parents)):
+        raise InputError(f"{options.out}: is not a directory: choose another --out")  # not after hours of training
     params = load_params(options.params, options.overrides)
     config = params.train_config(
         parallel=ParallelConfig(options.tp, options.pp, sequence_parallel=options.tp > 1), data_root=options.data_root

@@ -40,7 +40,7 @@ def prepare(folder: Path, hf: Path, data: Path, *more: object) -> None:
 
 
 @pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_the_whole_way(tmp_path: Path, tokenizer_file: Path, capsys: pytest.CaptureFixture[str], tp: int) -> None:
+def test_the_whole_way(tmp_path: Path, tokenizer_file: Path, capfd: pytest.CaptureFixture[str], tp: int) -> None:
     """The exported weights are base + alpha / r * B A of the best checkpoint; tokenizer and template come along."""
     weights = distinct_weights(CONFIG)
     hf = save_hf(tmp_path / "hf", weights, CONFIG)
@@ -49,8 +49,9 @@ def test_the_whole_way(tmp_path: Path, tokenizer_file: Path, capsys: pytest.Capt
     prepare(tmp_path, hf, data, "--template", "chatml")
     how = ("--iters", 2, "--global-batch-size", 2, "--tp", tp, "--eval-interval", 1, "--lora-rank", 2)
     assert run("finetune", "run", data, "--load", hf, "--save", save, *how, "--lora-alpha", 8) == 0
+    assert "corrupted" not in capfd.readouterr().err  # megatron-core's word for a folder that holds the adapter already
     assert run("finetune", "export", save, "--to", out, "--best") == 0
-    assert "its adapter merged" in capsys.readouterr().out
+    assert "its adapter merged" in capfd.readouterr().out
 
     adapter = read_adapter(out / "adapter", CONFIG)
     assert adapter.settings.scale == 4.0
@@ -72,15 +73,27 @@ def test_the_whole_way(tmp_path: Path, tokenizer_file: Path, capsys: pytest.Capt
     ends = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
     assert ends == [load_tokenizer(out).controls[token] for token in ("</s>", "<|im_end|>", "<|im_start|>")]
 
-    (save / "finetune.json").unlink()  # as of a run by rank_cmd_phase2.sh: the checkpoint knows too
+    # What a refused call was given is not what the run began with.
+    prepare(tmp_path, hf, tmp_path / "other")
+    assert run("finetune", "run", tmp_path / "other", "--load", hf, "--save", save, *how, "--lora-alpha", 8) == 2
+    assert "other data" in capfd.readouterr().err
     assert run("finetune", "export", save, "--to", tmp_path / "again") == 0
     for name in ("tokenizer.json", "chat_format.yaml", "chat_template.jinja", "system_prompt.txt"):
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
 
     assert run("finetune", "export", save, "--to", out) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "exists already" in capfd.readouterr().err
     assert run("finetune", "run", tmp_path, "--load", hf, "--save", save) == 2
-    assert "holds no prepare.json" in capsys.readouterr().err
+    assert "holds no prepare.json" in capfd.readouterr().err
+    assert run("finetune", "run", data, "--load", tmp_path / "no", "--save", tmp_path / "new") == 2
+    assert not (tmp_path / "new").exists()
+    assert run("finetune", "export", save, "--to", tmp_path / "third", "--tokenizer", tmp_path / "no") == 2
+    assert f"{tmp_path / 'no'}: is no tokenizer" in capfd.readouterr().err
+    assert not (tmp_path / "third").exists()
+    words = tmp_path / "words.json"
+    words.write_text(tokenizer_file.read_text() + "\n")
+    assert run("finetune", "export", save, "--to", tmp_path / "third", "--tokenizer", words) == 0
+    assert (tmp_path / "third/tokenizer.json").read_bytes() == words.read_bytes()
 
 
 @pytest.mark.slow

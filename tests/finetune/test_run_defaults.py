@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from data_prep.errors import InputError
 from tools import finetune
 
 REFERENCE = {
@@ -82,3 +83,11 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["--valid-data-path"] == str(tmp_path / "valid")
     assert found["--eval-interval"] == "50"
     assert {"--keep-best", "--isolate-documents"} <= found.keys()
+
+
+def test_patience_without_evaluations(tmp_path: Path) -> None:
+    facts: dict[str, Any] = {"settings": {"max_seq_length": 2048, "packing": "best-fit"}, "valid": {}}
+    (tmp_path / "prepare.json").write_text(json.dumps(facts))
+    how = ["--load", "MODEL", "--save", str(tmp_path / "run"), "--patience", "2", "--eval-interval", "0"]
+    with pytest.raises(InputError, match="--patience counts evaluations, and --eval-interval 0 makes none"):
+        finetune.main(["run", str(tmp_path), *how])

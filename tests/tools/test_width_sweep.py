@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -161,3 +162,25 @@ def test_the_commands(repo_root: Path, data_root: Path, tmp_path: Path) -> None:
     wrong = run("coord-check", *common, "--widths", "64,100")
     assert (wrong.returncode, wrong.stderr.count("error:")) == (2, 1)
     assert "width 100 is not a multiple of the head size 32" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "extra", "message"),
+    [
+        ("coord-check", "--lr -1", "--lr -1: must be above 0"),
+        ("coord-check", "--out {file}/there", "{file}/there: is not a directory: choose another --out"),
+        ("mutransfer", "--lrs 0.001,0.002,inf", "write rising numbers above 0"),
+    ],
+)
+def test_arguments_are_refused_before_training(
+    repo_root: Path, tmp_path: Path, command: str, extra: str, message: str
+) -> None:
+    from tools import coord_check, mutransfer
+
+    file = tmp_path / "file"
+    file.touch()
+    arguments = ["--params", str(repo_root / "params/tiny/phase1.yaml"), "--out", str(tmp_path / "out")]
+    arguments += extra.format(file=file).split()
+    with pytest.raises(InputError, match=re.escape(message.format(file=file))):
+        {"coord-check": coord_check.main, "mutransfer": mutransfer.main}[command](arguments)
+    assert not (tmp_path / "out").exists()

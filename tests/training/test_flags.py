@@ -109,6 +109,12 @@ def test_sizes_from_flags() -> None:
         ("--attention-dropout 0.1", ["--attention-dropout 0.1", "must be 0"]),
         ("--tensor-model-parallel-size 3", ["tensor parallel size 3", "attention heads (4)", "1, 2, 4"]),
         ("--pipeline-model-parallel-size 3", ["pipeline parallel size 3", "4 layers"]),
+        ("--lr -1", ["--lr", "-1: must be at least 0"]),
+        ("--weight-decay nan", ["--weight-decay", "nan: must be"]),
+        ("--clip-grad inf", ["--clip-grad", "and finite"]),
+        ("--adam-beta2 1", ["--adam-beta2", "1: must be at least 0 and below 1"]),
+        ("--adam-eps small", ["--adam-eps", "invalid float value: 'small'"]),
+        ("--save-interval -5", ["--save-interval", "-5: must be at least 0"]),
         ("--lr-warmup-fraction 0.1 --lr-warmup-iters 3", ["--lr-warmup-iters", "not allowed"]),
     ],
 )

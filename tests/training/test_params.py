@@ -295,6 +295,12 @@ WRONG = {
         "train_input.shuffle should be a valid boolean, but is 0",
     ),
     "flag for a number": ("  seed: 1\n", "  seed: True\n", "runconfig.seed should be a valid integer, but is True"),
+    "an infinite rate": (
+        "    end_learning_rate: 0.006",
+        "    end_learning_rate: .inf",
+        "should be a finite number, but is inf",
+    ),
+    "no weight at all": ("    weight: 0.8", "    weight: .nan", "should be a finite number, but is nan"),
     "zero size": ("  num_hidden_layers: 4", "  num_hidden_layers: 0", "greater than 0, but is 0"),
     "another activation": (
         "nonlinearity: swiglu",

@@ -7,6 +7,7 @@ Every flag is either obeyed, or listed in `_WITHOUT_EFFECT` with the reason, or 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -157,6 +158,23 @@ def _positive(text: str) -> int:
     return value
 
 
+def _number(kind: type, low: float, below: float = math.inf) -> Any:
+    """A type for argparse: an int or float from `low` on (NaN never) and below `below`."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not low <= value < below:
+            limit = f" and below {below:g}" if math.isfinite(below) else ", and finite" if kind is float else ""
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {low:g}{limit}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number
+    return parse
+
+
+_count, _amount, _share = _number(int, 0), _number(float, 0.0), _number(float, 0.0, 1.0)
+
+
 def _add_model(group: Any) -> None:
     group.add_argument("--use-checkpoint-args", action="store_true", help="sizes from the checkpoint need no flags")
     for flag, (_, kind) in {**_MODEL_FLAGS, **_MUP_FLAGS}.items():
@@ -186,7 +204,7 @@ def _add_batch(group: Any) -> None:
         "permutation per epoch from --seed, whatever the micro-batch size and data parallelism, no row dropped",
     )
     group.add_argument("--no-data-sharding", action="store_true", help="cyclic: ranks deal one permutation among them")
-    group.add_argument("--num-workers", type=int, default=0, help="processes per rank that read rows ahead")
+    group.add_argument("--num-workers", type=_count, default=0, help="processes per rank that read rows ahead")
     group.add_argument(
         "--isolate-documents",
         action="store_true",
@@ -199,18 +217,18 @@ def _add_optimizer(group: Any) -> None:
     group.add_argument(
         "--train-iters", type=_positive, required=True, help="optimizer steps in all, earlier parts included"
     )
-    group.add_argument("--lr", type=float, required=True, help="of the embedding and norms; muP scales the others'")
-    group.add_argument("--min-lr", type=float, default=0.0)
+    group.add_argument("--lr", type=_amount, required=True, help="of the embedding and norms; muP scales the others'")
+    group.add_argument("--min-lr", type=_amount, default=0.0)
     group.add_argument("--lr-decay-style", choices=("constant", "linear", "cosine"), default="linear")
     group.add_argument("--lr-decay-iters", type=_positive, help="default: --train-iters")
     warmup = group.add_mutually_exclusive_group()
-    warmup.add_argument("--lr-warmup-fraction", type=float, help="of the decay iterations; step 1 then runs at lr 0")
-    warmup.add_argument("--lr-warmup-iters", type=int, default=0)
-    group.add_argument("--weight-decay", type=float, default=0.01, help="on matrices only")
-    group.add_argument("--clip-grad", type=float, default=1.0, help="largest global gradient norm; 0: no clipping")
-    group.add_argument("--adam-beta1", type=float, default=0.9)
-    group.add_argument("--adam-beta2", type=float, default=0.999)
-    group.add_argument("--adam-eps", type=float, default=1e-8)
+    warmup.add_argument("--lr-warmup-fraction", type=_amount, help="of the decay iterations; step 1 then runs at lr 0")
+    warmup.add_argument("--lr-warmup-iters", type=_count, default=0)
+    group.add_argument("--weight-decay", type=_amount, default=0.01, help="on matrices only")
+    group.add_argument("--clip-grad", type=_amount, default=1.0, help="largest global gradient norm; 0: no clipping")
+    group.add_argument("--adam-beta1", type=_share, default=0.9)
+    group.add_argument("--adam-beta2", type=_share, default=0.999)
+    group.add_argument("--adam-eps", type=_amount, default=1e-8)
     group.add_argument("--bf16", action="store_true", help="bf16 weights with fp32 copies; else fp32")
     group.add_argument(
         "--loss-reduction",
@@ -224,7 +242,9 @@ def _add_optimizer(group: Any) -> None:
 
 def _add_lora(group: Any) -> None:
     group.add_argument("--lora-rank", type=int, default=0, help="0: train all weights")
-    group.add_argument("--lora-alpha", type=float, help="the adapter's product counts alpha / rank; default: 2 x rank")
+    group.add_argument(
+        "--lora-alpha", type=_amount, help="the adapter's product counts alpha / rank; default: 2 x rank"
+    )
     group.add_argument(
         "--lora-target-modules", nargs="+", metavar="LAYER", help=f"of {', '.join(TARGETS)}; default: all of them"
     )
@@ -246,7 +266,7 @@ def _add_checkpoint(group: Any) -> None:
     group.add_argument("--load", type=Path, help="checkpoint to start from (any format, also a Hugging Face directory)")
     group.add_argument("--save", type=Path, help="where checkpoints and metrics go; a run found here is continued")
     group.add_argument(
-        "--save-interval", type=int, default=0, help="iterations between checkpoints; 0: at the end only"
+        "--save-interval", type=_count, default=0, help="iterations between checkpoints; 0: at the end only"
     )
     group.add_argument("--ckpt-format", choices=("torch_dist", "torch"), default="torch_dist", help="format to save in")
     group.add_argument("--finetune", action="store_true", help="take --load's weights alone and begin at iteration 0")
@@ -268,17 +288,19 @@ def _add_logging(group: Any) -> None:
         help="rows to evaluate on, each path by itself",
     )
     group.add_argument(
-        "--eval-interval", type=int, default=0, help="iterations between evaluations on --valid-data-path"
+        "--eval-interval", type=_count, default=0, help="iterations between evaluations on --valid-data-path"
     )
-    group.add_argument("--eval-iters", type=int, default=0, help="global batches per evaluation; 0: all rows")
+    group.add_argument("--eval-iters", type=_count, default=0, help="global batches per evaluation; 0: all rows")
     group.add_argument("--keep-best", action="store_true", help="keep the lowest loss's checkpoint in SAVE/best")
     group.add_argument(
         "--early-stop-patience",
-        type=int,
+        type=_count,
         default=0,
         help="end after so many evaluations without a lower loss; 0: never",
     )
-    group.add_argument("--early-stop-min-delta", type=float, default=0.0, help="by how much a lower loss must be lower")
+    group.add_argument(
+        "--early-stop-min-delta", type=_amount, default=0.0, help="by how much a lower loss must be lower"
+    )
     group.add_argument("--log-interval", type=_positive, default=1)
     group.add_argument("--log-params-norm", action="store_true")
     group.add_argument("--tensorboard-dir", type=Path)

@@ -11,6 +11,7 @@ Shape letters: s sequence, b micro-batch, r rank, i input, o output.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import math
 from collections.abc import Iterator
@@ -150,11 +151,15 @@ def add_lora(stage: Any, config: TrainConfig, start: Start) -> None:
         raise InputError("--lora-rank trains an adapter of a checkpoint: give one with --load")
 
 
-def save_adapter(folder: Path, state: dict[str, Any], adapters: LoraAdapters) -> None:
-    """Write the adapter of the whole model, and in `state["args"]` what it belongs to. Every rank calls it."""
+def record_adapter(args: argparse.Namespace, adapters: LoraAdapters) -> None:
+    """Say in a checkpoint's args what its adapter is and whose."""
     settings = adapters.settings
     facts = {"rank": settings.rank, "alpha": settings.alpha, "targets": list(settings.targets)}
-    vars(state["args"])["lora"] = {**facts, "base": str(adapters.base)}
+    vars(args)["lora"] = {**facts, "base": str(adapters.base)}
+
+
+def save_adapter(folder: Path, adapters: LoraAdapters) -> None:
+    """Write the adapter of the whole model. Every rank calls it."""
     whole = adapters.whole()
     if whole is not None:
         write_adapter(folder / ADAPTER, whole, adapters.base)

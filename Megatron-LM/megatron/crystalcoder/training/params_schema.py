@@ -26,7 +26,7 @@ Texts = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance
 class Section(BaseModel):
     """Unknown keys and values of another type are errors."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     def without_effect(self, prefix: str) -> list[str]:
         """The given keys, not null, that change nothing here."""

@@ -40,7 +40,7 @@ from megatron.crystalcoder.sigterm import helpers_outlive_sigterm
 from megatron.crystalcoder.training.accounting import Accounting
 from megatron.crystalcoder.training.compact_adam import whole_moments
 from megatron.crystalcoder.training.config import TrainConfig
-from megatron.crystalcoder.training.lora import save_adapter, trained_state
+from megatron.crystalcoder.training.lora import record_adapter, save_adapter, trained_state
 from megatron.crystalcoder.training.optimizer import restore_settings
 from megatron.crystalcoder.training.resume import Progress, Start
 
@@ -69,7 +69,7 @@ def save_run(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    state = {
+    state: dict[str, Any] = {
         "args": _facts(config, progress, account),
         "checkpoint_version": CHECKPOINT_VERSION,
         "iteration": progress.iteration,
@@ -77,8 +77,10 @@ def save_run(
     with whole_moments(optimizer), helpers_outlive_sigterm():
         if config.save_format == "torch_dist":
             if config.lora is not None:
-                save_adapter(partial, state, model.module.lora)
+                record_adapter(state["args"], model.module.lora)
             _save_torch_dist(partial, state, model, optimizer)
+            if config.lora is not None:  # behind the rest: megatron-core takes a folder with files for a corrupted one
+                save_adapter(partial, model.module.lora)
         else:
             _save_torch(_rank_file(partial), state, model, optimizer)
     dist.barrier()
