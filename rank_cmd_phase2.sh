@@ -33,6 +33,16 @@ for number in "$NODE_RANK" "$NODE_CNT" "$MASTER_PORT" "$TP" "$PP" "$MBSZ"; do
             ;;
     esac
 done
+for number in "$NODE_CNT" "$TP" "$PP" "$MBSZ"; do
+    if [ "$number" -eq 0 ]; then
+        echo "error: NODE_CNT, TP, PP and MBSZ must be at least 1" >&2
+        exit 2
+    fi
+done
+if [ "$NODE_RANK" -ge "$NODE_CNT" ]; then # the job would wait for a node that is none of it
+    echo "error: NODE_RANK $NODE_RANK of $NODE_CNT nodes: number them from 0 to $((NODE_CNT - 1))" >&2
+    exit 2
+fi
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 PYTHON=$ROOT/.venv/bin/python

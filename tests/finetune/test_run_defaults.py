@@ -91,3 +91,27 @@ def test_patience_without_evaluations(tmp_path: Path) -> None:
     how = ["--load", "MODEL", "--save", str(tmp_path / "run"), "--patience", "2", "--eval-interval", "0"]
     with pytest.raises(InputError, match="--patience counts evaluations, and --eval-interval 0 makes none"):
         finetune.main(["run", str(tmp_path), *how])
+
+
+@pytest.mark.parametrize(
+    ("rank", "count", "tp", "message"),
+    [
+        ("2", "2", "1", "NODE_RANK 2 of 2 nodes: number them from 0 to 1"),  # it would wait half an hour
+        ("0", "0", "1", "NODE_CNT, TP, PP and MBSZ must be at least 1"),
+        ("0", "1", "00", "NODE_CNT, TP, PP and MBSZ must be at least 1"),
+        ("0", "1", "two", "'two' is not a number"),
+    ],
+)
+def test_the_script_refuses_numbers_that_make_no_job(
+    repo_root: Path, tmp_path: Path, rank: str, count: str, tp: str, message: str
+) -> None:
+    done = subprocess.run(
+        ["bash", repo_root / "rank_cmd_phase2.sh", rank, count, "localhost", "29500", tp, "1", "1", tmp_path / "logs"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert not (tmp_path / "logs").exists()
