@@ -257,7 +257,8 @@ def _keep_ready(
     tokens, mask, labels = row.planes
     path, _, record = place.rpartition(", ")
     if len(tokens) != options.max_seq_length:
-        reason = f"a processed row of {len(tokens)} tokens among rows of {options.max_seq_length}: --max-seq-length"
+        sizes = f"a processed row of {len(tokens)} tokens among rows of {options.max_seq_length}"
+        reason = f"{sizes}: prepare such rows with --max-seq-length {len(tokens)}"
     elif not np.array_equal(tokens[1:], labels[:-1]):
         reason = "a processed row whose labels are not the tokens that follow: process it again"
     elif max(tokens.max(), labels[-1]) >= max(tokenizer.vocab_size, 1):

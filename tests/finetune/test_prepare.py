@@ -258,7 +258,9 @@ def test_processed_rows_and_texts_are_mixed_in(tmp_path: Path, tokenizer) -> Non
         assert len(rows) == 2
         mixed = next(planes for planes in rows if planes[0, 0] == tokenizer.bos_id)
         assert mixed[1, : len(tokenizer.encode("plain words")) + 1].all()
-    with pytest.raises(InputError, match=r"rows\.jsonl:record 1: a processed row of 64 tokens among rows of 32"):
+    with pytest.raises(
+        InputError, match=r"rows\.jsonl:record 1: a processed row of 64 tokens among rows of 32: .*-length 64"
+    ):
         prepare([SourceSettings(tmp_path / "in")], tmp_path / "rows", tokenizer, PrepareOptions(max_seq_length=32))
 
 

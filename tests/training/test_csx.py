@@ -103,6 +103,7 @@ def test_modelzoo_is_run_and_its_exit_code_kept(repo_root: Path, modelzoo: Path)
         (["--num_csx", "0"], "--num_csx 0: must be at least 1"),
         (["--release", "3"], "argument --release: invalid choice"),
         (["--tp", "2"], "unrecognized arguments: --tp 2"),
+        (["runconfig.max_steps=3"], "runconfig.max_steps=3: overrides do not reach modelzoo"),
     ],
 )
 def test_bad_input_is_one_line(

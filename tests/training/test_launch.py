@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -185,3 +186,14 @@ def test_divergence_names_iteration_rank_and_rows(repo_root: Path, inputs: Path,
         assert word in err
     assert "Traceback" not in err
     assert not (tmp_path / "run/latest_checkpointed_iteration.txt").exists()
+
+
+def test_what_torch_will_rename_one_day_is_not_told_to_users() -> None:
+    """Each resume and each TP 2 step said so; a FutureWarning of anything else still is."""
+    told = "import warnings, megatron.crystalcoder\n" + "".join(
+        f"warnings.warn_explicit('from {module}', FutureWarning, 'file.py', 1, module='{module}')\n"
+        for module in ("torch.distributed.c10d_logger", "megatron.core.dist_checkpointing", "numpy")
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    done = subprocess.run([sys.executable, "-c", told], env=environment, capture_output=True, text=True, check=True)
+    assert [line for line in done.stderr.splitlines() if "from " in line] == ["file.py:1: FutureWarning: from numpy"]

@@ -70,7 +70,11 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> None:
     """Print the command, then run it and exit as it did. Exit code 2 when something it needs is missing."""
     with exit_on_bad_input():
-        options = parser().parse_args(arguments)
+        options, unknown = parser().parse_known_args(arguments)
+        if unknown and "=" in unknown[0] and not unknown[0].startswith("-"):
+            raise InputError(f"{unknown[0]}: overrides do not reach modelzoo, which reads the file: change it there")
+        if unknown:
+            parser().error(f"unrecognized arguments: {' '.join(unknown)}")
         launch = build(options, load_params(options.params))
         print(shlex.join(launch.command), flush=True)
         if options.dry_run:
