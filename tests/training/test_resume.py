@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -92,18 +94,24 @@ def resumed_on_one_rank(data: Path, folder: Path) -> None:
     train_here(data, folder / "one rank, torch", load=folder / "torch-at-5", parallel=DP2)
 
 
-def steps_left_out(data: Path, save: Path) -> None:
-    """Weights whose logits overflow, with --skip-nonfinite: every step is left out."""
+def steps_left_out(data: Path, save: Path) -> str:
+    """Weights whose logits overflow, with --skip-nonfinite: every step is left out. And what the same call says then."""
     from megatron.crystalcoder.training.loop import train
 
     weights = tiny_weights()
     weights._weights["transformer.ln_f.weight"].fill_(3e38)
-    train(tiny_config(data, save, train_iters=2, skip_nonfinite=True), initial_weights=cast(Any, weights))
+    config = tiny_config(data, save, train_iters=2, skip_nonfinite=True)
+    train(config, initial_weights=cast(Any, weights))
+    with redirect_stdout(StringIO()) as said:
+        train(config)
+    return said.getvalue()
 
 
 def test_skip_nonfinite_leaves_steps_out(tmp_path: Path) -> None:
+    """They count: the same call again has nothing left to do, and says so."""
     write_rows(tmp_path / "rows.jsonl")
-    run_on_ranks(1, steps_left_out, tmp_path / "rows.jsonl", tmp_path / "run")
+    (said,) = run_on_ranks(1, steps_left_out, tmp_path / "rows.jsonl", tmp_path / "run")
+    assert "nothing left to do: the run has 2 steps" in said
     lines = metrics_of(tmp_path / "run")
     assert [(line["iteration"], line["lm_loss"], line["skipped"]) for line in lines] == [
         (1, None, True),

@@ -75,6 +75,8 @@ def train(
     profiler = StepProfiler(config, done=progress.iteration)
     if dist.get_rank() == 0:
         print(f"starting from {start.origin}", flush=True)
+        if progress.iteration >= config.train_iters:
+            print(f"nothing left to do: the run has {config.train_iters:,} steps; ask for more to go on", flush=True)
     model, optimizer = build(config, start)
     data = micro_batches(
         rows,
