@@ -95,7 +95,7 @@ def resumed_on_one_rank(data: Path, folder: Path) -> None:
 
 
 def steps_left_out(data: Path, save: Path) -> str:
-    """Weights whose logits overflow, with --skip-nonfinite: every step is left out. And what the same call says then."""
+    """Weights whose logits overflow, with --skip-nonfinite: every step is left out. Then what it says again."""
     from megatron.crystalcoder.training.loop import train
 
     weights = tiny_weights()
