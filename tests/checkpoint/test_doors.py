@@ -45,6 +45,19 @@ def test_the_reference_command_lines(tmp_path: Path, repo_root: Path, shared: Pa
     assert (tmp_path / "hf2/tokenizer.json").is_file()
 
 
+def test_a_legacy_checkpoint_changes_its_layout(tmp_path: Path, util: ModuleType, shared: Path) -> None:
+    """It records no muP constants. Planted: --hf-config-path refused with --saver megatron, so none could be given."""
+    legacy = shared / "fixtures/megatron_legacy_tiny_tp2_pp2"
+    util.main(
+        f"--model-type GPT --loader megatron --saver megatron --load-dir {legacy} "
+        f"--save-dir {tmp_path}/m --target-tensor-parallel-size 1 --target-pipeline-parallel-size 4 "
+        f"--hf-config-path {shared}/fixtures/hf_tiny".split()
+    )
+    written = open_checkpoint(tmp_path / "m")
+    assert str(written.layout) == "TP1 PP4"
+    assert written.config == open_checkpoint(shared / "fixtures/hf_tiny").config
+
+
 @pytest.fixture
 def util(repo_root: Path) -> ModuleType:
     """The script as a module."""

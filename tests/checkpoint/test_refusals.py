@@ -7,6 +7,7 @@ import pickle
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -86,6 +87,14 @@ def test_bad_tensors_of_a_hugging_face_checkpoint(
     hf = save_hf(tmp_path / "hf", weights)
     arguments = ["--from", str(hf), "--to", str(tmp_path / "new/out"), "--format", format_]
     assert message in _refused(arguments, capsys, tmp_path)
+
+
+def test_a_tensor_that_the_index_passes_over_is_not_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Planted: only what the index lists is looked at, and the conversion succeeds without the tensor."""
+    hf = save_hf(tmp_path / "hf", distinct_weights())
+    _edit(sorted(hf.glob("*.bin"))[0], lambda content: content.update({"transformer.h.0.attn.rogue": torch.ones(3)}))
+    message = _refused(["--from", str(hf), "--to", str(tmp_path / "out")], capsys, tmp_path)
+    assert "tensor transformer.h.0.attn.rogue does not belong" in message
 
 
 @pytest.fixture
@@ -234,10 +243,14 @@ class _Evil:
 
 def test_layouts_targets_and_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hf = save_hf(tmp_path / "hf", distinct_weights())
+    odd = tmp_path / "odd"
+    odd_config = replace(TINY, vocab_size=254, ffn_hidden_size=170)
+    save_hf(odd, distinct_weights(odd_config), odd_config)
     out = tmp_path / "out"
     there = ["--from", str(hf), "--to", str(out)]
-    assert "tensor parallel size 3 does not divide the attention heads (4)" in _refused(
-        [*there, "--tp", "3"], capsys, tmp_path
+    # 4 is offered although it does not divide the vocabulary or the FFN: these are padded.
+    assert "tensor parallel size 3 does not divide the attention heads (4): use one of 1, 2, 4" in _refused(
+        ["--from", str(odd), *there[2:], "--tp", "3"], capsys, tmp_path
     )
     assert "pipeline parallel size 3 does not divide the 4 layers" in _refused([*there, "--pp", "3"], capsys, tmp_path)
     assert "has no layout" in _refused([*there, "--format", "hf", "--tp", "2"], capsys, tmp_path)
@@ -251,7 +264,7 @@ def test_layouts_targets_and_flags(tmp_path: Path, capsys: pytest.CaptureFixture
         command.main([*there, "--overwrite"])
     assert stop.value.code == 0
     assert not (out / "precious").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "odd", "out"]
 
 
 def test_broken_safetensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         "--hf-config-path",
         help="directory with config.json and tokenizer, or `CrystalCoder` for the packaged one. The checkpoint's own "
         "sizes and muP constants count; a directory that is not the packaged one must agree with them. Needed for "
-        "checkpoints of the reference's converter, which do not record muP",
+        "checkpoints of the reference's converter, which do not record muP (with --saver megatron too)",
     )
     parser.add_argument_group("--loader crystalcoder_hf").add_argument(
         "--tokenizer-model",
@@ -116,6 +116,9 @@ def main(arguments: list[str] | None = None) -> None:
     for plugin, flags in _PLUGIN_FLAGS.items():
         role, name = plugin.split()
         for flag in flags:
+            # Legacy checkpoints record no muP: from them, config.json is wanted for a Megatron target too.
+            if flag == "hf_config_path" and args.loader == "megatron":
+                continue
             if getattr(args, flag) is not None and getattr(args, role) != name:
                 parser.error(f"--{flag.replace('_', '-')} belongs to --{plugin}, not to --{role} {getattr(args, role)}")
     for flag in ("max_queue_size", "workers", "true_vocab_size", *_PLUGIN_FLAGS["saver megatron"]):

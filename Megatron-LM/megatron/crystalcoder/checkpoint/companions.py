@@ -45,7 +45,7 @@ def settle_config(checkpoint: Checkpoint, hf_config: Path | None) -> tuple[Model
         if not checkpoint.mup_recorded:
             raise InputError(
                 f"{checkpoint.path}: does not record the muP constants: pass the Hugging Face directory of this model "
-                "(its config.json has them) as --hf-config-path"
+                "(its config.json has them) as --hf-config-path (crystalcoder convert: --hf-config)"
             )
         return checkpoint.config, packaged | carried
     given = read_json(hf_config / "config.json")

@@ -176,7 +176,12 @@ def _target_layout(
     theirs = checkpoint.layout
     tp_size = tensor_parallel or checkpoint.tensor_parallel
     if config.num_attention_heads % tp_size:
-        config.check_layout(tp_size, 1)
+        heads = config.num_attention_heads
+        usable = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
+        # All that must divide: the FFN and the vocabulary are padded.
+        raise InputError(
+            f"tensor parallel size {tp_size} does not divide the attention heads ({heads}): use one of {usable}"
+        )
     own = config.unpadded
     config = config.padded(_multiple(own.vocab_size, vocab_divisor * tp_size), _multiple(own.ffn_hidden_size, tp_size))
     unchanged = pipeline_parallel in (None, checkpoint.pipeline_parallel) and virtual_pipeline is None

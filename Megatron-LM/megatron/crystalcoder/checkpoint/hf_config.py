@@ -34,7 +34,9 @@ def resolve_hf_config_path(value: str) -> Path:
     for path in (Path(value), packaged_directory() if value == "CrystalCoder" else None):
         if path is not None and (path / "config.json").is_file():
             return path
-    raise InputError(f"--hf-config-path {value}: holds no config.json: give a Hugging Face directory or CrystalCoder")
+    raise InputError(
+        f"--hf-config-path (--hf-config) {value}: holds no config.json: give a Hugging Face directory or CrystalCoder"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

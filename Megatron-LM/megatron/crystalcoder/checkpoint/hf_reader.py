@@ -44,9 +44,12 @@ def open_hf(
     describe = describe or describe_file
     config = from_hf(read_json(path / "config.json"), path / "config.json")
     refs: dict[str, TensorRef] = {}
-    for file, listed in weight_files(path, exists).items():
+    files = weight_files(path, exists)
+    indexed = {name for listed in files.values() for name in listed or ()}
+    for file, listed in files.items():
         found = describe(file)
-        for name in listed or found:
+        # What the index passes over is looked at too, as transformers does: no tensor is dropped without a word.
+        for name in [*(listed or ()), *(name for name in found if name not in indexed)]:
             if name not in found:
                 raise InputError(f"{file}: tensor {name} is missing, though the index puts it there")
             if _BUFFER.fullmatch(name):
