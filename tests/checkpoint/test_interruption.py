@@ -159,6 +159,20 @@ def test_files_that_cannot_grow(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 
+def test_one_tensor_larger_than_a_file_may_be(tmp_path: Path) -> None:
+    """Its values are skipped over, so the file is short where it fails. Planted: an append there, which succeeds."""
+    code = (
+        "import resource, sys, torch; from pathlib import Path;"
+        "from megatron.crystalcoder.checkpoint.tensor_files import save_torch;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY));"
+        "save_torch({'model': {'a': torch.empty(2_000_000)}}, Path(sys.argv[1]), with_values=False)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a.pt")], capture_output=True, text=True, check=False
+    )
+    assert "OSError: [Errno 27] File too large" in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("format_", ["torch", "torch_dist", "hf"])
 def test_a_disk_that_writes_something_else(tmp_path: Path, format_: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading back notices one wrong bit of one tensor; without it nobody does."""

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
 from data_prep.errors import InputError
 from megatron.crystalcoder.checkpoint.window import Window, opened
@@ -134,7 +135,9 @@ def save_torch(content: Any, file: Path, *, with_values: bool = True) -> None:
         with nullcontext() if with_values else torch.serialization.skip_data():
             torch.save(content, file)
     except RuntimeError:
-        # torch does not tell what the system said; a write of our own does.
+        # torch does not tell what the system said; a write of our own does, as far out as torch wanted to write.
+        values = sum(leaf.nbytes for leaf in tree_leaves(content) if isinstance(leaf, torch.Tensor))
+        os.truncate(file, max(file.stat().st_size, values))
         with file.open("ab") as stream:
             stream.write(bytes(1 << 16))
             stream.flush()
