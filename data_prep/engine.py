@@ -123,7 +123,12 @@ def run_step(
     fingerprint = fingerprint_of(step, {name: value for name, value in settings.items() if name != "on_error"})
     skips = settings.get("on_error") == "skip"
     manifest = finished_manifest(out)
-    is_done = manifest and manifest["fingerprint"] == fingerprint and (skips or not manifest["counts"]["rejected"])
+    is_done = (
+        manifest
+        and manifest["fingerprint"] == fingerprint
+        and manifest["settings"].get("inputs") == settings.get("inputs")
+        and (skips or not manifest["counts"]["rejected"])
+    )
     if manifest and is_done and not overwrite:
         print(f"{out}: already done with these settings (--overwrite does it again)", file=sys.stderr)
         shutil.rmtree(out / TASKS, ignore_errors=True)  # left by a run that was killed when all was done

@@ -23,6 +23,7 @@ REJECTS = "rejects.jsonl"
 TASKS = ".tasks"  # folder of a step that is not finished yet: what is done so far
 FORMAT = 1
 ENDS = 1 << 16
+HASH = "hash_of_ends"
 
 Record = dict[str, Any]
 
@@ -40,14 +41,17 @@ def record(
 
 
 def fingerprint_of(step: str, settings: dict[str, Any]) -> str:
-    """One hash of all that decides a step's output."""
-    plain = json.dumps([FORMAT, step, settings], sort_keys=True, default=str)
+    """One hash of all that decides a step's output, but for its inputs' contents: where a step stopped at a damaged
+    file, it shall go on when that is mended."""
+    inputs = [{name: value for name, value in entry.items() if name != HASH} for entry in settings.get("inputs", ())]
+    known = settings | {"inputs": inputs} if inputs else settings
+    plain = json.dumps([FORMAT, step, known], sort_keys=True, default=str)
     return hashlib.blake2b(plain.encode(), digest_size=16).hexdigest()
 
 
 def input_identity(path: str | Path) -> dict[str, Any]:
-    """An input as the settings name it: path, size, and a hash of its ends. If one changes, the input is another."""
-    return {"path": str(path), "bytes": size_of(str(path)), "hash_of_ends": _hash_of_ends(str(path))}
+    """An input as the settings name it: path, size, and a hash of its ends."""
+    return {"path": str(path), "bytes": size_of(str(path)), HASH: _hash_of_ends(str(path))}
 
 
 def _hash_of_ends(path: str) -> str | None:
