@@ -50,8 +50,8 @@ def test_a_place_that_may_not_be_touched(capsys: pytest.CaptureFixture[str]) -> 
     Planted: only InputError told -> a traceback, fails.
     """
     with pytest.raises(SystemExit) as stop, exit_on_bad_input():
-        raise PermissionError(errno.EACCES, "Permission denied", "/root/x/manifest.json")
+        raise PermissionError(errno.EACCES, "Permission denied", "/data/x/manifest.json")
     assert stop.value.code == 2
-    assert capsys.readouterr().err.startswith("error: /root/x/manifest.json: Permission denied: ")
+    assert capsys.readouterr().err.startswith("error: /data/x/manifest.json: Permission denied: ")
     with pytest.raises(FileNotFoundError), exit_on_bad_input():
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "a")
